@@ -1,0 +1,122 @@
+"""Checks of single option values: each returns what is wrong, or ``""``.
+
+Kept apart from the list of options so that the list reads as a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+Check = Callable[[Any], str]
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value).replace("'", '"') if isinstance(value, str) else repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+def optional(check: Check) -> Check:
+    """None, or what ``check`` accepts."""
+    return lambda value: "" if value is None else check(value)
+
+
+def text(value: Any) -> str:
+    """A non-empty string."""
+    return "" if isinstance(value, str) and value.strip() else f"expected text, got {_shown(value)}"
+
+
+def boolean(value: Any) -> str:
+    """True or false."""
+    return "" if isinstance(value, bool) else f"expected true or false, got {_shown(value)}"
+
+
+def one_of(*names: str) -> Check:
+    """One of ``names``."""
+    return lambda value: "" if value in names else f"expected one of {', '.join(names)}, got {_shown(value)}"
+
+
+def integer(*, at_least: int) -> Check:
+    """A whole number from ``at_least``; true and false are not numbers."""
+
+    def check(value: Any) -> str:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+        return "" if fine else f"expected a whole number of at least {at_least}, got {_shown(value)}"
+
+    return check
+
+
+def number(*, above: float | None = None, at_least: float | None = None, below: float | None = None) -> Check:
+    """A finite number within the bounds."""
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"of at least {at_least:g}"] if at_least is not None else []
+    bounds += [f"below {below:g}"] if below is not None else []
+
+    def check(value: Any) -> str:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        fine = fine and (above is None or value > above) and (at_least is None or value >= at_least)
+        fine = fine and (below is None or value < below)
+        return "" if fine else f"expected a number {' and '.join(bounds)}, got {_shown(value)}"
+
+    return check
+
+
+def steps(value: Any) -> str:
+    """A number of steps, or -1 for none."""
+    fine = isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value >= 1)
+    return "" if fine else f"expected a whole number of at least 1, or -1 for whole epochs, got {_shown(value)}"
+
+
+def rows_source(value: Any) -> str:
+    """Something that may hold rows; what is in it is looked at later."""
+    if isinstance(value, str):
+        return text(value)
+    if value is None or isinstance(value, (bool, int, float, bytes)):
+        return f"expected a file, a data set's name or rows, got {_shown(value)}"
+    return ""
+
+
+def optimizer(value: Any) -> str:
+    """An optimizer whose memory the plan knows."""
+    if isinstance(value, str) and value.startswith("paged_"):
+        return "paged optimizers keep their states in managed memory, which no plan can bound; use adamw_8bit"
+    return one_of(*OPTIMIZERS)(value)
+
+
+def module_names(value: Any) -> str:
+    """A name, or several."""
+    names = [value] if isinstance(value, str) else value
+    fine = isinstance(names, (list, tuple)) and names and all(isinstance(n, str) and n for n in names)
+    return "" if fine else f"expected a name or a list of names, got {_shown(value)}"
+
+
+def table(value: Any) -> str:
+    """A TOML table."""
+    return "" if isinstance(value, Mapping) else f"expected a table, got {_shown(value)}"
+
+
+def layer_policies(value: Any) -> str:
+    """``auto``, ``none``, ``full``, true, false, or layers by policy."""
+    if isinstance(value, bool) or value in ("auto", "none", "full"):
+        return ""
+    if isinstance(value, Mapping) and value:
+        unknown = [k for k in value if k not in ("keep", "recompute")]
+        if unknown:
+            return f"expected layers by policy (keep, recompute), got {unknown[0]}"
+        return next((m for m in map(integer(at_least=0), value.values()) if m), "")
+    return f'expected "auto", "none", "full" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it; rows in memory become a description."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
+        return list(value)
+    size = f" of {len(value)} rows" if hasattr(value, "__len__") else ""
+    return f"<{type(value).__name__}{size}>"

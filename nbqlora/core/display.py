@@ -1,0 +1,31 @@
+"""How a value of ``core`` gets its text and HTML without knowing who draws it.
+
+``view`` sits above ``core`` and introduces its renderers with :func:`register`; until it has (a bare
+``import nbqlora.core``), ``str()`` is the short ``repr()``. Jupyter asks for ``_repr_html_``, so no
+formatter has to be installed in IPython.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_text: dict[type, Callable[[Any], str]] = {}
+_html: dict[type, Callable[[Any], str]] = {}
+
+
+def register(kind: type, *, text: Callable[[Any], str], html: Callable[[Any], str]) -> None:
+    """Say how values of ``kind`` read as plain text and as HTML."""
+    _text[kind], _html[kind] = text, html
+
+
+class Displayed:
+    """Base of values that people look at; subclasses define a short, stable ``__repr__``."""
+
+    def __str__(self) -> str:
+        renderer = _text.get(type(self))
+        return renderer(self) if renderer else repr(self)
+
+    def _repr_html_(self) -> str | None:
+        renderer = _html.get(type(self))
+        return renderer(self) if renderer else None

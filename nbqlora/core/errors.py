@@ -1,0 +1,99 @@
+"""One exception tree. Each error is also a standard type, and reads as a few lines in a notebook.
+
+A message says what was given, what was expected and what to do. ``_render_traceback_`` is the hook that
+IPython (7.34 to 9) asks before it prints a traceback: the cell still fails for nbval, papermill and
+nbmake, but its reader sees only the lines that matter. IPython's own ``UsageError`` would be passed
+over in silence by such tools, and a subclass of it prints a full traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class NbqloraError(Exception):
+    """Base of every error that nbqlora raises on purpose."""
+
+    show_traceback = False
+
+    def _render_traceback_(self) -> list[str]:
+        """Lines that IPython prints in place of a traceback."""
+        if self.show_traceback:
+            import traceback
+
+            return traceback.format_exception(self)
+        return [f"{type(self).__name__}: {line}" if i == 0 else line for i, line in enumerate(str(self).split("\n"))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with a config.
+
+    Args:
+        key: the option as the user spelled it, ``trl.lr`` for a key of a table; "" for the cell as a whole.
+        message: what was given and what was expected.
+        hint: what to do; "" when the message says it.
+        line: line of the cell or file, the magic being line 1; None when the option came from Python.
+    """
+
+    key: str
+    message: str
+    hint: str = ""
+    line: int | None = None
+
+
+class ConfigError(NbqloraError, ValueError):
+    """Everything wrong with one config, in one error.
+
+    Args:
+        problems: at least one, in the order of their lines.
+        source: what held them, for the first line of the message ("this cell", "train.toml", "the options").
+    """
+
+    def __init__(self, problems: Sequence[Problem], source: str = "the options") -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in {self.source}"
+        width = max((len(p.key) for p in self.problems), default=0)
+        rows = []
+        for p in self.problems:
+            where = f"line {p.line:<3} " if p.line is not None else ""
+            rows.append(f"  {where}{p.key:<{width}}  {p.message}" + (f"; {p.hint}" if p.hint else ""))
+        return "\n".join([head, *rows])
+
+
+class DataError(NbqloraError, ValueError):
+    """The training data cannot be read or teaches nothing."""
+
+
+class ModelError(NbqloraError, OSError):
+    """The model or its tokenizer cannot be found, read or trained."""
+
+
+class DemoModelError(ModelError):
+    """The demo model is not cached and could not be fetched, or its bytes are not the known ones."""
+
+
+class DoesNotFitError(NbqloraError, MemoryError):
+    """No plan fits the memory; raised before anything is downloaded or loaded."""
+
+
+class OutOfDiskError(NbqloraError, OSError):
+    """The disk has too little room for what is about to be written."""
+
+
+class TrainingError(NbqloraError, RuntimeError):
+    """Training failed; the message says where and what was kept."""
+
+
+class NonFiniteLossError(TrainingError, ArithmeticError):
+    """The loss became NaN or infinite; the message names the rows of the batch."""
+
+
+class RunError(NbqloraError, RuntimeError):
+    """A ``Run`` was asked for something that it cannot do in its state."""

@@ -1,0 +1,83 @@
+"""What happens during a run, as values. Views observe them; nothing in the training loop knows a view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events; ``elapsed_seconds`` counts from the start of training."""
+
+    elapsed_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the event's kind."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseEvent(Event):
+    """The run entered a phase: look, plan, load, train, eval, save."""
+
+    phase: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent(Event):
+    """One optimizer step.
+
+    Args:
+        loss: mean loss per supervised token of the step's batches.
+        n_tokens: tokens that went through the model in this step, padding left out.
+        seconds: wall time of the step.
+        peak_bytes: highest memory since the run began: allocated on a card, resident in RAM on a CPU.
+        total_steps: steps that the run will take.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    n_tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalEvent(Event):
+    """Mean loss per supervised token on the eval rows."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedEvent(Event):
+    """Something was written and synced."""
+
+    step: int
+    path: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedEvent(Event):
+    """The run ends early, after the step named, with everything saved."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteEvent(Event):
+    """Something that the user should know and that no other event says."""
+
+    text: str
+
+
+Observer = Callable[[Event], None]

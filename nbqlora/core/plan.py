@@ -1,0 +1,109 @@
+"""The plan: every number that a run will use, with the reason for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nbqlora.core.display import Displayed
+from nbqlora.core.specs import DataStats, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One number of the plan. ``because`` says why it is this one, and what the runner-up would cost."""
+
+    name: str
+    value: str
+    because: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget:
+    """Predicted bytes at the peak, by category."""
+
+    by_category: Mapping[MemoryCategory, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """What ``max_memory_allocated`` is predicted to read (process RAM on a CPU)."""
+        return sum(self.by_category.values())
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Displayed):
+    """What will run, where, and why.
+
+    Args:
+        dtype: arithmetic of the forward and backward: ``bf16``, ``fp16`` or ``fp32``.
+        layer_policies: one for each decoder layer, first to last.
+        usable_bytes: the most that the run may allocate.
+        step_seconds: forecast of one optimizer step; None without a measured rate.
+        total_steps: optimizer steps of the whole run.
+        loss_chunk_tokens: supervised tokens that the head loss handles at once.
+        unknowns: what the plan does not know, said rather than guessed.
+    """
+
+    model: ModelSpec
+    device: DeviceSpec
+    data: DataStats
+    dtype: str
+    load_in_4bit: bool
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    layer_policies: tuple[LayerPolicy, ...]
+    loss_chunk_tokens: int
+    total_steps: int
+    step_seconds: float | None
+    usable_bytes: int
+    budget: MemoryBudget
+    output_dir: str
+    disk_bytes: int
+    decisions: tuple[Decision, ...] = ()
+    notes: tuple[str, ...] = ()
+    unknowns: tuple[str, ...] = ()
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Predicted peak of the run."""
+        return self.budget.total_bytes
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows, or packs, per optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        skipped = {"layer_policies", "budget"}
+        plain = {k: v for k, v in asdict(self).items() if k not in skipped}
+        plain["layer_policies"] = [p.value for p in self.layer_policies]
+        plain["budget"] = {c.value: n for c, n in self.budget.by_category.items()}
+        return plain
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.model.name} -> {self.device.name}, {self.dtype}, {self.micro_batch_size} x "
+            f"{self.max_length} tokens, accumulation {self.gradient_accumulation_steps}, {self.total_steps} steps)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One change made to a loaded model, or one that was looked at and not made (``new`` is then "")."""
+
+    path: str
+    old: str
+    new: str
+    because: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """An adapter on disk, in PEFT's format."""
+
+    path: str
+    n_bytes: int
+    sha256: str = field(repr=False)

@@ -1,0 +1,113 @@
+"""What is left of a run, and what the memory looks like: values without tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nbqlora.core.display import Displayed
+from nbqlora.core.events import EvalEvent, Event, StepEvent
+from nbqlora.core.plan import Plan, Replacement, SavedAdapter
+from nbqlora.core.specs import MemoryCategory
+from nbqlora.core.units import format_bytes
+
+Status = Literal["done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Displayed):
+    """The outcome of a run.
+
+    Args:
+        events: everything that happened, in order.
+        tokens_per_second: tokens through the model over the wall time of the steps, the first step left out
+            when there are more (it holds warm-up); None before a step was taken.
+        measured_peak_bytes: highest memory allocated on the card while training; resident RAM on a CPU.
+        seconds: wall time from the first look to the saved adapter.
+        replacements: what was changed on the loaded model, and what was left as it was, with reasons.
+        versions: of the libraries that took part.
+    """
+
+    name: str
+    plan: Plan
+    status: Status
+    events: tuple[Event, ...]
+    tokens_per_second: float | None
+    measured_peak_bytes: int
+    seconds: float
+    adapter: SavedAdapter | None
+    replacements: tuple[Replacement, ...] = ()
+    versions: Mapping[str, str] | None = None
+    reason: str = ""
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """What the plan said the peak would be."""
+        return self.plan.predicted_peak_bytes
+
+    @property
+    def steps(self) -> tuple[StepEvent, ...]:
+        """The optimizer steps taken."""
+        return tuple(e for e in self.events if isinstance(e, StepEvent))
+
+    @property
+    def evals(self) -> tuple[EvalEvent, ...]:
+        """The evaluations made."""
+        return tuple(e for e in self.events if isinstance(e, EvalEvent))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "reason": self.reason,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "measured_peak_bytes": self.measured_peak_bytes,
+            "adapter": None if self.adapter is None else vars(self.adapter),
+            "versions": dict(self.versions or {}),
+            "replacements": [vars(r) for r in self.replacements],
+            "plan": self.plan.as_dict(),
+            "events": [e.as_dict() for e in self.events],
+        }
+
+    def __repr__(self) -> str:
+        loss = f", loss {self.steps[-1].loss:.3f}" if self.steps else ""
+        return f"Report({self.name}: {self.status}, {len(self.steps)} steps{loss})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VramReport(Displayed):
+    """Memory now, of the training device, RAM and disk.
+
+    Args:
+        kind: ``"cuda"``, or ``"cpu"`` when there is no usable card; then the device is the machine's RAM.
+        by_category: used bytes of the device by who holds them; sums to ``used_bytes``.
+        peak_bytes: highest that this process allocated since it started; 0 when torch has not used the card.
+        measured_by: where the figures come from: ``torch``, ``nvml`` (torch has not touched the card) or ``os``.
+        notes: what a reader should know ("2 cards, this is card 0").
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+    peak_bytes: int
+    by_category: Mapping[MemoryCategory, int]
+    host_total_bytes: int
+    host_free_bytes: int
+    process_bytes: int
+    disk_free_bytes: int
+    disk_path: str
+    measured_by: Literal["torch", "nvml", "os"]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**vars(self), "by_category": {c.value: n for c, n in self.by_category.items()}}
+
+    def __repr__(self) -> str:
+        return f"VramReport({self.name}: {format_bytes(self.free_bytes)} free of {format_bytes(self.total_bytes)})"

@@ -1,0 +1,56 @@
+"""The only place where bytes, seconds and counts become text.
+
+One spelling per quantity keeps plan, report, bar and error comparable at a glance.
+"""
+
+from __future__ import annotations
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def gib(n_bytes: float) -> float:
+    """Bytes as GiB (2**30 bytes)."""
+    return n_bytes / GIB
+
+
+def format_bytes(n_bytes: float) -> str:
+    """``13.3 GiB``, ``0.04 GiB`` or ``12 MiB``: three figures at most, never a bare byte count."""
+    size = abs(n_bytes)
+    if size >= 0.995 * GIB:
+        return f"{n_bytes / GIB:.1f} GiB"
+    if size >= 10 * MIB:
+        return f"{n_bytes / GIB:.2f} GiB"
+    return f"{n_bytes / MIB:.0f} MiB" if size >= 0.5 * MIB or size == 0 else f"{n_bytes / 1024:.0f} KiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.8 s``, ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_minutes(seconds: float) -> str:
+    """A forecast, coarse on purpose: ``under 1 min``, ``41 min``, ``3 h 20 min``."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return "under 1 min"
+    if minutes < 90:
+        return f"{round(minutes)} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def format_count(n: float) -> str:
+    """``812``, ``13.4k``, ``135M``, ``8.03B``."""
+    for limit, divisor, suffix in ((1e4, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
+        if abs(n) < limit:
+            scaled = n / divisor
+            return f"{scaled:.0f}{suffix}" if divisor == 1 or scaled >= 100 else f"{scaled:.1f}{suffix}"
+    return f"{n / 1e9:.2f}B"
