@@ -159,9 +159,16 @@ def validate(
         ConfigError: everything that is wrong, with line numbers where the request knows them.
     """
     known = {f.name: f for f in fields(FinetuneConfig)}
-    problems = [_unknown(key, list(known)) for key in request.options if key not in known]
+    problems = [*request.problems]
+    problems += [_unknown(key, list(known)) for key in request.options if key not in known]
+    unreadable = {p.key for p in problems}
     for name, f in known.items():
-        if name not in request.options and f.default is MISSING and f.default_factory is MISSING:
+        if (
+            name not in request.options
+            and name not in unreadable
+            and f.default is MISSING
+            and f.default_factory is MISSING
+        ):
             hint = 'for a first try write "demo"'
             problems.append(Problem(key=name, message="is missing", hint=hint))
     for table, refused in (("trl", REFUSED_TRL), ("peft", REFUSED_PEFT)):
@@ -187,7 +194,7 @@ def _value(value: Any, mapping: Mapping[str, Any]) -> Any:
 
 
 def _locate(problem: Problem, line_of: Mapping[str, int]) -> Problem:
-    line = line_of.get(problem.key, problem.line)
+    line = problem.line if problem.line is not None else line_of.get(problem.key)
     return Problem(key=problem.key, message=problem.message, hint=problem.hint, line=line)
 
 

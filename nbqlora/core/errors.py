@@ -79,6 +79,10 @@ class DemoModelError(ModelError):
     """The demo model is not cached and could not be fetched, or its bytes are not the known ones."""
 
 
+class DeviceError(NbqloraError, RuntimeError):
+    """The card cannot run this torch, or CUDA does not start on it."""
+
+
 class DoesNotFitError(NbqloraError, MemoryError):
     """No plan fits the memory; raised before anything is downloaded or loaded."""
 

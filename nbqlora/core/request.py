@@ -32,12 +32,14 @@ class CellRequest:
         mapping: the notebook's objects that ``"$name"`` values stand for, by ``"$name"``.
         line_of: line of each key, ``trl.key`` for a key of a table; empty when the options came from Python.
         source: what held the options, for error messages.
+        problems: what could not be read; validation adds its own, so that all are told at once.
     """
 
     options: Mapping[str, Any]
     mapping: Mapping[str, Any] = field(default_factory=dict)
     line_of: Mapping[str, int] = field(default_factory=dict)
     source: str = "the options"
+    problems: tuple[Problem, ...] = ()
 
 
 def parse_toml(
@@ -51,8 +53,11 @@ def parse_toml(
         source: what holds the text, for error messages.
         namespace: objects that ``"$name"`` may stand for; None where there is no notebook.
 
+    Returns:
+        The request; syntax errors and unknown ``$name`` values are among its ``problems``.
+
     Raises:
-        ConfigError: every syntax error and every unknown ``$name``, with their lines.
+        ConfigError: there is nothing in the text at all.
     """
     options, problems = _parse(text, first_line)
     line_of = _lines(text, first_line)
@@ -60,16 +65,14 @@ def parse_toml(
     for key, value in _flat(options):
         if isinstance(value, str) and value.startswith("$"):
             _resolve(key, value, namespace, mapping, problems, line_of)
-    if not text.strip() or not (options or problems):
+    if not (options or problems):
         hint = 'start with model = "demo" and data = "demo"'
-        problems.append(Problem(key="", message="the body is empty", hint=hint, line=first_line - 1 or None))
-    if problems:
-        raise ConfigError(sorted(problems, key=lambda p: p.line or 0), source)
-    return CellRequest(options=options, mapping=mapping, line_of=line_of, source=source)
+        raise ConfigError([Problem(key="", message="it is empty", hint=hint)], source)
+    return CellRequest(options=options, mapping=mapping, line_of=line_of, source=source, problems=tuple(problems))
 
 
 def _parse(text: str, first_line: int) -> tuple[dict[str, Any], list[Problem]]:
-    lines, problems = text.splitlines(), []
+    lines, problems = text.splitlines(), list[Problem]()
     for _ in range(MAX_SYNTAX_PROBLEMS):
         try:
             return tomllib.loads("\n".join(lines)), problems

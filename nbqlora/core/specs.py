@@ -28,6 +28,7 @@ class MemoryCategory(Enum):
     ACTIVATIONS = "activations"
     DEQUANT = "dequant"
     LOSS = "loss"
+    THIS_PROCESS = "this_process"
     CONTEXT = "context"
     CACHE = "cache"
     LEAKED = "leaked"
@@ -132,6 +133,7 @@ class DataStats:
 
     Args:
         n_rows: rows that will be trained on.
+        n_sequences: what the loop sees: rows, or packs of rows.
         n_tokens: tokens of those rows.
         n_supervised_tokens: tokens that the loss counts.
         max_tokens: the longest row.
@@ -141,6 +143,7 @@ class DataStats:
     """
 
     n_rows: int
+    n_sequences: int
     n_tokens: int
     n_supervised_tokens: int
     max_tokens: int

@@ -1,0 +1,50 @@
+"""nbqlora: fine-tune language models with QLoRA from a notebook cell, on the memory you really have.
+
+The public names are resolved on first use, so that ``import nbqlora`` and ``%load_ext nbqlora`` take
+milliseconds and import neither torch nor widgets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "NbqloraError", "Plan", "Report", "Run", "VramReport", "finetune", "plan", "vram"]
+
+_HOME = {
+    "ConfigError": "nbqlora.core.errors",
+    "NbqloraError": "nbqlora.core.errors",
+    "Plan": "nbqlora.core.plan",
+    "Report": "nbqlora.core.report",
+    "Run": "nbqlora.run",
+    "VramReport": "nbqlora.core.report",
+    "finetune": "nbqlora.api",
+    "plan": "nbqlora.api",
+    "vram": "nbqlora.api",
+}
+
+if TYPE_CHECKING:
+    from nbqlora.api import finetune, plan, vram
+    from nbqlora.core.errors import ConfigError, NbqloraError
+    from nbqlora.core.plan import Plan
+    from nbqlora.core.report import Report, VramReport
+    from nbqlora.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nbqlora' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext nbqlora``: register the magics."""
+    from nbqlora.notebook.magics import register
+
+    register(shell)

@@ -1,0 +1,51 @@
+"""What each decoder layer keeps between forward and backward.
+
+transformers' layers carry a flag and a function of their own (``GradientCheckpointingLayer``), so a
+policy is set on the instance and any mix works: loss and gradients are bit-equal for every mix on a CPU
+(tests). ``use_reentrant`` must be False: the reentrant form drops the gradients of LoRA in the layers
+before the first input that requires one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from nbqlora.core.plan import Replacement
+from nbqlora.core.specs import LayerPolicy
+
+
+def decoder_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The layers that can be recomputed, with their paths, first to last."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def apply_policies(model: torch.nn.Module, policies: Sequence[LayerPolicy]) -> tuple[Replacement, ...]:
+    """Set one policy a layer.
+
+    Raises:
+        ValueError: there are more or fewer layers than policies.
+    """
+    layers = decoder_layers(model)
+    if len(layers) != len(policies):
+        raise ValueError(f"the plan holds {len(policies)} layer policies; the model has {len(layers)} layers")
+    recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    made = []
+    for (name, layer), policy in zip(layers, policies, strict=True):
+        layer.gradient_checkpointing = policy is LayerPolicy.RECOMPUTE
+        if policy is LayerPolicy.RECOMPUTE:
+            layer._gradient_checkpointing_func = recompute
+            because = "the plan keeps only its input and computes it again in the backward"
+            made.append(Replacement(path=name, old="keep", new="recompute", because=because))
+    return tuple(made)
+
+
+def clear_policies(model: torch.nn.Module) -> None:
+    """Put back what :func:`apply_policies` set: every layer keeps everything."""
+    for _, layer in decoder_layers(model):
+        layer.gradient_checkpointing = False

@@ -1,0 +1,121 @@
+"""Files -> a model in NF4 with LoRA adapters, on its device.
+
+NF4 with double quantization stores 0.516 bytes a parameter. ``prepare_model_for_kbit_training`` is not
+called: it would make fp32 copies of embeddings and head (1 GiB for 128k x 4096). LoRA stays in fp32; mixed
+precision comes from autocast, so that fp16 cards train without underflow in the optimizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import ModelError
+from nbqlora.core.plan import Plan
+from nbqlora.engine.loaded import LoadedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load(config: FinetuneConfig, plan: Plan, location: str, tokenizer: Any) -> LoadedModel:
+    """Load the base and put fresh adapters on it.
+
+    Args:
+        location: the folder or hub id that ``hub.inspect.locate`` gave.
+
+    Raises:
+        ModelError: the files cannot be read, or LoRA cannot be put on this model.
+    """
+    model = _base(plan, location, config.trust_remote_code)
+    torch.manual_seed(config.seed)
+    model = _with_adapters(model, config)
+    return _loaded(model, plan, tokenizer)
+
+
+def load_adapter(config: FinetuneConfig, plan: Plan, location: str, tokenizer: Any, adapter: Path) -> LoadedModel:
+    """Load the base with a saved adapter, to talk to it. Raises :class:`ModelError`."""
+    from peft import PeftModel
+
+    model = _base(plan, location, config.trust_remote_code)
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load the adapter in {adapter}: {str(error).splitlines()[0]}") from error
+    loaded = _loaded(model, plan, tokenizer)
+    loaded.model.eval()
+    return loaded
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Where the plan puts the model."""
+    return torch.device("cuda", torch.cuda.current_device()) if plan.device.kind == "cuda" else torch.device("cpu")
+
+
+def _loaded(model: Any, plan: Plan, tokenizer: Any) -> LoadedModel:
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, spec=plan.model, device=device_of(plan), dtype=DTYPES[plan.dtype]
+    )
+
+
+def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    dtype = DTYPES[plan.dtype]
+    bars = hf_logging.is_progress_bar_enabled()
+    if plan.device.kind == "cpu" or Path(location).is_dir():
+        hf_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location,
+            quantization_config=None if plan.model.quantized or not plan.load_in_4bit else _nf4(dtype),
+            device_map={"": device_of(plan)},
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {plan.model.name}: {str(error).splitlines()[0]}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    _set_compute_dtype(model, dtype)
+    model.config.use_cache = False
+    return model
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """A checkpoint stored in 4 bits carries the compute dtype of the card it was made on."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+
+
+def _with_adapters(model: Any, config: FinetuneConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **config.peft,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except (ValueError, ImportError, TypeError) as error:
+        raise ModelError(f"LoRA cannot be put on this model: {str(error).splitlines()[0]}") from error

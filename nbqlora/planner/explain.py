@@ -1,0 +1,146 @@
+"""Why each number of a plan is this one, what the runner-up would cost, and what is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbqlora.core.config import DEFAULT_EFFECTIVE_BATCH_SIZE, FinetuneConfig
+from nbqlora.core.plan import Decision
+from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
+from nbqlora.core.units import format_bytes
+from nbqlora.planner.candidate import Candidate
+from nbqlora.planner.estimate import FRAGMENTATION_BYTES
+
+
+def decisions(
+    config: FinetuneConfig, device: DeviceSpec, dtype: str, ranked: Sequence[Candidate], best: Candidate, limit: int
+) -> tuple[Decision, ...]:
+    """One row for each thing that was decided."""
+    return (
+        Decision(name="dtype", value=dtype, because=_why_dtype(config, device)),
+        Decision(
+            name="batch",
+            value=f"{_rows(best.micro_batch_size, config)}, accumulation {best.accumulation}",
+            because=_why_batch(config, ranked, best, limit),
+        ),
+        Decision(name="layers", value=_layers(best), because=_why_layers(config, ranked, best, limit)),
+        Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device)),
+    )
+
+
+def _rows(count: int, config: FinetuneConfig) -> str:
+    word = "pack" if config.packing else "row"
+    return f"{count} {word}{'s' if count != 1 else ''} at once"
+
+
+def _layers(candidate: Candidate) -> str:
+    recomputed = candidate.n_layers - candidate.n_keep
+    parts = [f"{candidate.n_keep} keep"] if candidate.n_keep else []
+    parts += [f"{recomputed} recompute"] if recomputed else []
+    return " · ".join(parts)
+
+
+def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
+    if config.dtype != "auto":
+        return "pinned by dtype"
+    if device.kind == "cpu":
+        return "a CPU computes half precision more slowly than fp32"
+    return "this card has bf16" if device.has_bf16 else "this card has no bf16"
+
+
+def _why_batch(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candidate, limit: int) -> str:
+    if config.per_device_train_batch_size or config.gradient_accumulation_steps:
+        return "pinned"
+    larger = [x for x in ranked if x.micro_batch_size > best.micro_batch_size]
+    effective = config.effective_batch_size or DEFAULT_EFFECTIVE_BATCH_SIZE
+    if not larger:
+        return f"all {effective} of a step at once, the fewest passes"
+    nearest = min(larger, key=lambda x: (x.micro_batch_size, x.budget.total_bytes))
+    rows = _rows(nearest.micro_batch_size, config)
+    if nearest.budget.total_bytes > limit:
+        return f"{rows} would need {format_bytes(nearest.budget.total_bytes)} even with all layers recomputed"
+    fitting = [x for x in larger if x.micro_batch_size == nearest.micro_batch_size and x.budget.total_bytes <= limit]
+    quickest = min(fitting, key=lambda x: (x.step_seconds or 0.0, x.n_layers - x.n_keep))
+    return f"{rows} would {_slower(quickest, best)}"
+
+
+def _slower(other: Candidate, best: Candidate) -> str:
+    extra = best.n_keep - other.n_keep
+    words = [f"recompute {extra} more layers"] if extra > 0 else []
+    if other.step_seconds and best.step_seconds:
+        words.append(f"{'be ' if not words else ''}{(other.step_seconds / best.step_seconds - 1) * 100:.0f} % slower")
+    return ": ".join(words) or "not be faster"
+
+
+def _why_layers(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candidate, limit: int) -> str:
+    if config.gradient_checkpointing != "auto":
+        return "pinned by gradient_checkpointing"
+    if best.n_keep == best.n_layers:
+        return "everything fits, so nothing is computed twice"
+    more = [x for x in ranked if x.micro_batch_size == best.micro_batch_size and x.n_keep == best.n_keep + 1]
+    over = format_bytes(more[0].budget.total_bytes - limit) if more else "no room"
+    return f"one more layer kept would be {over} over"
+
+
+def _why_limit(config: FinetuneConfig, device: DeviceSpec) -> str:
+    if config.vram_gib is not None:
+        return "pinned by vram_gib"
+    if device.kind == "cpu":
+        return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve"
+    context = f"context {format_bytes(device.context_bytes)}, " if device.context_bytes else ""
+    return f"{context}reserve {format_bytes(FRAGMENTATION_BYTES)} for fragmentation"
+
+
+def notes(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> list[str]:
+    """What a person should know before it starts."""
+    found = list(device.notes)
+    if data.n_truncated:
+        found.append(f"{data.n_truncated} of {data.n_rows} rows are cut at max_length = {config.max_length}")
+    found += [f"{n} rows left out: {reason}" for reason, n in data.n_skipped.items()]
+    if model.max_positions and config.max_length > model.max_positions:
+        found.append(f"max_length {config.max_length} is beyond the model's {model.max_positions} positions")
+    if dtype == "bf16" and device.kind == "cpu":
+        found.append("bf16 on a CPU without matrix units can be 20 times slower than fp32")
+    if dtype == "bf16" and device.kind == "cuda" and not device.has_bf16:
+        found.append('this card emulates bf16, slowly; dtype = "fp16" is native')
+    if model.download_bytes and model.download_bytes > device.disk_free_bytes:
+        found.append(
+            f"the download is {format_bytes(model.download_bytes)}, "
+            f"the disk has {format_bytes(device.disk_free_bytes)} free"
+        )
+    return found
+
+
+def unknowns(model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
+    """What the plan does not know, said rather than guessed."""
+    found = ["the time: a forecast from one matrix product and published step times, corrected after the first step"]
+    if device.kind == "cuda":
+        found.append("which attention kernel runs: counted as one that keeps expanded keys and values")
+    if len(set(model.linear_shapes)) == 0:
+        found.append("this model's layers: their linears were not found")
+    return tuple(found)
+
+
+def does_not_fit(
+    least: Candidate, limit: int, config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, *, shorter: int
+) -> str:
+    """What was needed, what there is, and the smallest change that fits."""
+    need, parts = least.budget.total_bytes, least.budget.by_category
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    lines = [
+        f"{model.name} needs {format_bytes(need)} and {device.name} has {format_bytes(limit)} usable",
+        "  most of it: " + ", ".join(f"{c.label} {format_bytes(n)}" for c, n in largest),
+    ]
+    pinned = config.gradient_checkpointing not in ("auto", "full", True)
+    if shorter:
+        lines.append(f"  it fits with max_length = {shorter} and all layers recomputed")
+    elif pinned:
+        lines.append('  gradient_checkpointing = "auto" would keep less')
+    else:
+        fixed = need - sum(n for c, n in parts.items() if c.value in ("activations", "loss", "dequant"))
+        lines.append(
+            f"  no max_length fits: {format_bytes(fixed)} are needed before the first token; a smaller model does"
+        )
+    if config.vram_gib is not None:
+        lines.append(f"  vram_gib = {config.vram_gib:g} is your own limit")
+    return "\n".join(lines)

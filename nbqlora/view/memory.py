@@ -1,0 +1,102 @@
+"""Memory for people: one line of text, and a bar with its figures as a list.
+
+The line's order is fixed: what is used of how much, who holds it (in the order of the categories, nothing
+under 0.05 GiB), the peak, RAM, disk; all in GiB. The bar is inline-styled HTML. Where styles are stripped
+(GitHub) its boxes vanish and the list of figures is left, as plain bullets. Colours are those of the page or
+half transparent, so that it reads on light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from nbqlora.core import display
+from nbqlora.core.report import VramReport
+from nbqlora.core.specs import MemoryCategory
+from nbqlora.core.units import GIB, format_bytes, gib
+from nbqlora.view.palette import COLOURS, RECLAIMABLE, category_of
+
+_LINE = "var(--jp-border-color1,rgba(128,128,128,.6))"
+_TRACK = "rgba(128,128,128,.15)"
+_FREE = f"background:{_TRACK}"
+_UNNAMED_COLOUR = "#8C7F70"
+_SHOWN_BYTES = 0.05 * GIB  # less would read 0.0
+
+
+def register_memory_views() -> None:
+    """Let ``VramReport`` show itself through this module."""
+    display.register(VramReport, text=vram_text, html=vram_html)
+
+
+def vram_text(report: VramReport) -> str:
+    """``vram  Tesla T4  6.1 of 14.7 GiB used · this process 5.2 · … · RAM 8.1 of 12.7 free · disk 41 free``."""
+    used = f"{gib(report.used_bytes):.1f} of {gib(report.total_bytes):.1f} GiB used"
+    holders = [f"{c.label} {gib(n):.1f}" for c, n in _held(report.by_category) if n >= _SHOWN_BYTES]
+    head = f"{'ram' if report.kind == 'cpu' else 'vram':<4}  {_one_line(report.name)}  {used}"
+    return " · ".join([head, *holders, *_surroundings(report)])
+
+
+def vram_html(report: VramReport) -> str:
+    """The same with a bar, and the report's notes; at most 6 kB."""
+    used = f"{gib(report.used_bytes):.1f} of {gib(report.total_bytes):.1f} GiB used"
+    head = " · ".join([f"<strong>{escape(_one_line(report.name))}</strong> {used}", *_surroundings(report)])
+    parts = [(category.label, n_bytes) for category, n_bytes in _held(report.by_category)]
+    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{escape(note)}</p>' for note in report.notes)
+    return f'<div style="max-width:640px"><div>{head}</div>{bar_html(parts, report.total_bytes)}{notes}</div>'
+
+
+def bar_html(parts: Sequence[tuple[str, int]], total_bytes: int) -> str:
+    """One stacked bar and the list of its figures.
+
+    Args:
+        parts: label and bytes, left to right; a :class:`MemoryCategory` label gets that category's colour.
+        total_bytes: the whole bar. What the parts leave is shown as free; when they are more, the bar is as
+            long as they are and the list says by how much they are over.
+    """
+    parts = [(label, n) for label, n in parts if n > 0]
+    left = total_bytes - sum(n for _, n in parts)
+    length = max(1, total_bytes, total_bytes - left)
+    last = ("free", left) if left >= 0 else ("over by", -left)
+    figures = [f"{label} {format_bytes(n)}" for label, n in [*parts, last]]
+    boxes = "".join(_box(label, 100 * n / length) for label, n in parts)
+    swatches = [*(_fill(label) for label, _ in parts), _FREE]
+    items = "".join(_item(figure, fill) for figure, fill in zip(figures, swatches, strict=True))
+    aria = escape(f"{', '.join(figures)}; {format_bytes(total_bytes)} in all")
+    return (
+        f'<div role="img" aria-label="{aria}" style="display:flex;height:18px;margin:4px 0;overflow:hidden;'
+        f'border:1px solid {_LINE};border-radius:3px;{_FREE}">{boxes}</div>'
+        f'<ul style="display:flex;flex-wrap:wrap;gap:0 14px;margin:0;padding:0;list-style:none">{items}</ul>'
+    )
+
+
+def _box(label: str, percent: float) -> str:
+    return f'<div style="width:{percent:.2f}%;min-width:1px;border-right:1px solid {_TRACK};{_fill(label)}"></div>'
+
+
+def _item(figure: str, fill: str) -> str:
+    swatch = f'<span style="width:10px;height:10px;border:1px solid {_LINE};{fill}"></span>'
+    return f'<li style="display:flex;align-items:center;gap:5px;margin:0">{swatch}{escape(figure)}</li>'
+
+
+def _fill(label: str) -> str:
+    category = category_of(label)
+    colour = COLOURS[category] if category else _UNNAMED_COLOUR
+    if category not in RECLAIMABLE:
+        return f"background:{colour}"
+    return f"background:repeating-linear-gradient(45deg,{colour} 0 3px,{colour}40 3px 6px)"
+
+
+def _held(by_category: Mapping[MemoryCategory, int]) -> list[tuple[MemoryCategory, int]]:
+    return [(category, by_category.get(category, 0)) for category in MemoryCategory]
+
+
+def _surroundings(report: VramReport) -> list[str]:
+    peak = [f"peak {gib(report.peak_bytes):.1f}"] if report.peak_bytes >= _SHOWN_BYTES else []
+    ram = f"RAM {gib(report.host_free_bytes):.1f} of {gib(report.host_total_bytes):.1f} free"
+    disk = gib(report.disk_free_bytes)
+    return [*peak, *([ram] if report.kind == "cuda" else []), f"disk {disk:.{0 if disk >= 10 else 1}f} free"]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
