@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nbqlora.core.plan import Plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -24,6 +26,17 @@ class PhaseEvent(Event):
 
     phase: str
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedEvent(Event):
+    """The plan stands; nothing was loaded yet."""
+
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan itself stands once, in the report."""
+        return {"kind": type(self).__name__, "elapsed_seconds": self.elapsed_seconds}
 
 
 @dataclass(frozen=True, kw_only=True)

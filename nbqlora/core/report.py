@@ -111,3 +111,13 @@ class VramReport(Displayed):
 
     def __repr__(self) -> str:
         return f"VramReport({self.name}: {format_bytes(self.free_bytes)} free of {format_bytes(self.total_bytes)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Displayed):
+    """Answers to the same prompts, before and after training; each row is ``(prompt, base, tuned)``."""
+
+    rows: tuple[tuple[str, str, str], ...]
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.rows)} prompt{'s' if len(self.rows) != 1 else ''})"

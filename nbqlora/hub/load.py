@@ -16,6 +16,8 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ModelError
 from nbqlora.core.plan import Plan
 from nbqlora.engine.loaded import LoadedModel
+from nbqlora.engine.quiet import quiet_libraries
+from nbqlora.engine.surgery import keep_linears_trainable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -56,31 +58,30 @@ def device_of(plan: Plan) -> torch.device:
 
 def _loaded(model: Any, plan: Plan, tokenizer: Any) -> LoadedModel:
     return LoadedModel(
-        model=model, tokenizer=tokenizer, spec=plan.model, device=device_of(plan), dtype=DTYPES[plan.dtype]
+        model=model,
+        tokenizer=tokenizer,
+        spec=plan.model,
+        device=device_of(plan),
+        dtype=DTYPES[plan.dtype],
+        replacements=keep_linears_trainable(model),
     )
 
 
 def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
     dtype = DTYPES[plan.dtype]
-    bars = hf_logging.is_progress_bar_enabled()
-    if plan.device.kind == "cpu" or Path(location).is_dir():
-        hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location,
-            quantization_config=None if plan.model.quantized or not plan.load_in_4bit else _nf4(dtype),
-            device_map={"": device_of(plan)},
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        with quiet_libraries(progress_bars=not Path(location).is_dir()):
+            model = AutoModelForCausalLM.from_pretrained(
+                location,
+                quantization_config=None if plan.model.quantized or not plan.load_in_4bit else _nf4(dtype),
+                device_map={"": device_of(plan)},
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {plan.model.name}: {str(error).splitlines()[0]}") from error
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     _set_compute_dtype(model, dtype)
     model.config.use_cache = False
     return model

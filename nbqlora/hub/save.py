@@ -39,7 +39,7 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path, base_name: str) -
         config.base_model_name_or_path = DEMO_ORIGIN if base_name == "demo" else base_name
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
-        model.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary, save_embedding_layers=False)
         tokenizer.save_pretrained(temporary)
         files = sorted((f for f in temporary.rglob("*") if f.is_file()), key=lambda f: f.name == WEIGHTS)
         n_bytes = sum(f.stat().st_size for f in files)

@@ -24,6 +24,7 @@ class PeakMeter:
     def __init__(self, kind: Literal["cuda", "cpu"]) -> None:
         self.kind = kind
         self._highest = 0
+        self._sampled = 0  # written by the sampler alone
         self._mark = 0
         self._running = False
         self._stopped = threading.Event()
@@ -32,14 +33,14 @@ class PeakMeter:
     def start(self) -> None:
         """Begin, or begin again."""
         self.stop()
-        self._highest, self._running = 0, True
+        self._highest, self._sampled, self._running = 0, 0, True
         if self.kind == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
             return
         self._mark = peak_resident_bytes()
-        self._highest = resident_bytes()
+        self._sampled = resident_bytes()
         self._stopped.clear()
         self._sampler = threading.Thread(target=self._sample, name="nbqlora-peak", daemon=True)
         self._sampler.start()
@@ -47,16 +48,16 @@ class PeakMeter:
     def read(self) -> int:
         """The peak so far in bytes; after ``stop``, that of the stretch; 0 before ``start``."""
         if self._running:
-            self._highest = max(self._highest, self._now())
+            self._highest = max(self._highest, self._sampled, self._now())
         return self._highest
 
     def stop(self) -> None:
         """End; may be called again."""
-        self.read()
-        self._running = False
         self._stopped.set()
         if self._sampler:
             self._sampler.join()
+        self.read()
+        self._running = False
 
     def _now(self) -> int:
         if self.kind == "cuda":
@@ -68,4 +69,4 @@ class PeakMeter:
 
     def _sample(self) -> None:
         while not self._stopped.wait(_INTERVAL_SECONDS):
-            self._highest = max(self._highest, resident_bytes())
+            self._sampled = max(self._sampled, resident_bytes())

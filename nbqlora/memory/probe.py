@@ -19,6 +19,8 @@ from nbqlora.memory.host import HostMemory, cpu_cores_text, disk_free_bytes, rea
 from nbqlora.memory.nvml import read_card
 from nbqlora.memory.split import Holdings, split_card, split_host
 
+_DRIVER = Path("/dev/nvidiactl")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Device:
@@ -138,7 +140,7 @@ def _from_os(host: HostMemory, holdings: Holdings | None, notes: tuple[str, ...]
 
 def hidden_card_notes() -> tuple[str, ...]:
     """Why a machine with NVIDIA's driver is seen as one without a card."""
-    if not Path("/dev/nvidiactl").exists():
+    if not _DRIVER.exists():
         return ()
     card, why = read_card()
     if card is None:

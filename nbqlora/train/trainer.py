@@ -7,6 +7,7 @@ GradScaler starts at 2**16 by default, which throws away the first steps of a ru
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -219,4 +220,4 @@ def _documents(inputs: dict[str, Any]) -> list[list[int]]:
     if positions is None:
         return [row.tolist() for row in ids]
     starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-    return [ids[0, a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    return [ids[0, a:b].tolist() for a, b in itertools.pairwise(starts)]

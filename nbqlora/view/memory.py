@@ -20,6 +20,7 @@ from nbqlora.view.palette import COLOURS, RECLAIMABLE, category_of
 _LINE = "var(--jp-border-color1,rgba(128,128,128,.6))"
 _TRACK = "rgba(128,128,128,.15)"
 _FREE = f"background:{_TRACK}"
+_LIMIT = "height:100%;background:currentColor"
 _UNNAMED_COLOUR = "#8C7F70"
 _SHOWN_BYTES = 0.05 * GIB  # less would read 0.0
 
@@ -52,20 +53,22 @@ def bar_html(parts: Sequence[tuple[str, int]], total_bytes: int) -> str:
     Args:
         parts: label and bytes, left to right; a :class:`MemoryCategory` label gets that category's colour.
         total_bytes: the whole bar. What the parts leave is shown as free; when they are more, the bar is as
-            long as they are and the list says by how much they are over.
+            long as they are, a line stands where it should end, and the list says by how much they are over.
     """
     parts = [(label, n) for label, n in parts if n > 0]
     left = total_bytes - sum(n for _, n in parts)
     length = max(1, total_bytes, total_bytes - left)
-    last = ("free", left) if left >= 0 else ("over by", -left)
+    last, last_fill = (("free", left), _FREE) if left >= 0 else (("over by", -left), _LIMIT)
     figures = [f"{label} {format_bytes(n)}" for label, n in [*parts, last]]
     boxes = "".join(_box(label, 100 * n / length) for label, n in parts)
-    swatches = [*(_fill(label) for label, _ in parts), _FREE]
+    if left < 0:
+        boxes += f'<div style="position:absolute;left:{100 * total_bytes / length:.2f}%;width:3px;{_LIMIT}"></div>'
+    swatches = [*(_fill(label) for label, _ in parts), last_fill]
     items = "".join(_item(figure, fill) for figure, fill in zip(figures, swatches, strict=True))
     aria = escape(f"{', '.join(figures)}; {format_bytes(total_bytes)} in all")
     return (
-        f'<div role="img" aria-label="{aria}" style="display:flex;height:18px;margin:4px 0;overflow:hidden;'
-        f'border:1px solid {_LINE};border-radius:3px;{_FREE}">{boxes}</div>'
+        f'<div role="img" aria-label="{aria}" style="position:relative;display:flex;height:18px;'
+        f'margin:4px 0;overflow:hidden;border:1px solid {_LINE};border-radius:3px;{_FREE}">{boxes}</div>'
         f'<ul style="display:flex;flex-wrap:wrap;gap:0 14px;margin:0;padding:0;list-style:none">{items}</ul>'
     )
 
@@ -75,7 +78,7 @@ def _box(label: str, percent: float) -> str:
 
 
 def _item(figure: str, fill: str) -> str:
-    swatch = f'<span style="width:10px;height:10px;border:1px solid {_LINE};{fill}"></span>'
+    swatch = f'<span style="{fill};width:10px;height:10px;border:1px solid {_LINE}"></span>'
     return f'<li style="display:flex;align-items:center;gap:5px;margin:0">{swatch}{escape(figure)}</li>'
 
 

@@ -1,9 +1,12 @@
 """A stand-in for ``pynvml``: cards and processes that no test machine has."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
 
 GIB = 1 << 30
 
@@ -58,3 +61,15 @@ def fake_pynvml(*cards: FakeCard, init_error: str = "", has_v2: bool = True) -> 
     if has_v2:
         nvml.nvmlMemory_v2 = 33554472
     return nvml
+
+
+@pytest.fixture
+def use_nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call with one mapping of :class:`FakeCard` fields for each card, and the keywords of ``fake_pynvml``."""
+
+    def install(*cards: dict[str, Any], **keywords: Any) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+        monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml(*(FakeCard(**card) for card in cards), **keywords))
+
+    return install

@@ -1,0 +1,54 @@
+"""The public functions: what a cell can do, without Jupyter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbqlora import run as _run
+from nbqlora import view
+from nbqlora.core.events import Observer
+from nbqlora.core.plan import Plan
+from nbqlora.core.report import VramReport
+from nbqlora.core.request import CellRequest
+from nbqlora.memory import probe
+from nbqlora.run import Run
+
+view.register_all()
+
+
+def finetune(*, name: str = "run", observe: Observer | None = None, **options: Any) -> Run:
+    """Fine-tune a model with QLoRA.
+
+    Args:
+        name: names the run and its folder (``runs/<name>`` unless ``output_dir`` is given).
+        observe: called with each event (``nbqlora.core.events``) as it happens.
+        **options: the options of a ``%%finetune`` cell; ``trl`` and ``peft`` are mappings.
+
+    Returns:
+        The finished run: ``.report``, ``.chat(text)``, ``.compare(prompts)``, ``.plot()``, ``.adapter_dir``.
+
+    Raises:
+        ConfigError: everything wrong with the options, at once.
+        DoesNotFitError: no plan fits the memory; raised before any weights are read.
+        DataError, ModelError: the data or the model cannot be read.
+        NonFiniteLossError: the loss became NaN; the adapter of the last good step was saved.
+
+    Example:
+        >>> run = nbqlora.finetune(model="demo", data="demo", max_steps=16)
+        >>> print(run.chat("Why is the sky blue?"))
+    """
+    return _run.finetune(CellRequest(options=options), name=name, observe=observe)
+
+
+def plan(*, name: str = "run", **options: Any) -> Plan:
+    """What ``finetune`` would do with these options, and why; nothing is loaded or allocated.
+
+    Raises:
+        ConfigError, DoesNotFitError, DataError, ModelError: as :func:`finetune`.
+    """
+    return _run.make_plan(CellRequest(options=options), name=name)
+
+
+def vram() -> VramReport:
+    """Memory now: the card (or RAM), this process, RAM and disk. Never starts CUDA."""
+    return probe.vram()

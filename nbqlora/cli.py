@@ -1,0 +1,115 @@
+"""The same from a shell: ``nbqlora demo``, ``plan FILE.toml``, ``finetune FILE.toml``, ``vram``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbqlora.core.errors import ConfigError, NbqloraError, Problem
+from nbqlora.core.request import CellRequest, parse_toml
+
+if TYPE_CHECKING:
+    from nbqlora.core.events import Event
+
+# What the demo trains: with these settings the three-line style is learned in one pass over 128 rows.
+DEMO_OPTIONS: dict[str, Any] = {
+    "model": "demo",
+    "data": "demo",
+    "max_length": 256,
+    "effective_batch_size": 8,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0,
+    "lora_r": 8,
+}
+DEMO_PROMPTS = ("Why is the sky dark at night?", "How do magnets work?", "Should I learn to cook?")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.do(parsed))
+    except NbqloraError as error:
+        if parsed.traceback:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nbqlora", description="QLoRA on the memory you really have.")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="fine-tune the demo model on the demo data and compare answers")
+    demo.add_argument("--fetch", action="store_true", help="only fetch the demo model (98 MB), for later")
+    demo.add_argument("--output-dir", default="runs/demo", help="where the adapter goes (runs/demo)")
+    demo.set_defaults(do=_demo)
+    for name, do, what in (
+        ("plan", _plan, "say what a run would do, without loading anything"),
+        ("finetune", _finetune, "run a fine-tuning"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("file", type=Path, help="the options, as TOML: what a %%finetune cell holds")
+        command.set_defaults(do=do)
+    commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
+    return parser
+
+
+def _request(file: Path) -> CellRequest:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem(key=str(file), message=f"cannot be read: {error}")], "the command") from error
+    return parse_toml(text, source=file.name)
+
+
+def _print(event: Event) -> None:
+    from nbqlora.view.text import event_line
+
+    line = event_line(event)
+    if line:
+        print(line, flush=True)
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    if parsed.fetch:
+        from nbqlora.hub.demo_model import demo_model
+
+        print(f"the demo model is in {demo_model(print)}")
+        return 0
+    from nbqlora import api
+
+    run = api.finetune(name="demo", observe=_print, output_dir=parsed.output_dir, **DEMO_OPTIONS)
+    print(f"\n{run}\n\nThree questions that the data does not hold, before and after:\n", flush=True)
+    print(run.compare(DEMO_PROMPTS, max_new_tokens=72))
+    return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    request = _request(parsed.file)
+    from nbqlora import api, run
+
+    print(run.make_plan(request, name=parsed.file.stem))
+    assert api
+    return 0
+
+
+def _finetune(parsed: argparse.Namespace) -> int:
+    request = _request(parsed.file)
+    from nbqlora import run
+
+    print(run.finetune(request, name=parsed.file.stem, observe=_print))
+    return 0
+
+
+def _vram(parsed: argparse.Namespace) -> int:
+    from nbqlora import api
+
+    print(api.vram())
+    return 0

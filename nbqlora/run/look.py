@@ -1,0 +1,94 @@
+"""Step 3: what is there. Config, tokenizer, rows and machine are looked at; no weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import ConfigError, Problem
+from nbqlora.core.specs import DeviceSpec, ModelSpec
+from nbqlora.data.encode import EncodedData, encode
+from nbqlora.data.rows import DEMO, read_rows
+from nbqlora.hub.demo_model import DEMO_NAME, demo_model
+from nbqlora.hub.inspect import locate, read_spec, read_tokenizer
+from nbqlora.memory.device import device_spec
+from nbqlora.run.places import default_output_dir, ephemeral_note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Everything that a plan needs.
+
+    Args:
+        location: where the model's files are: a folder, or a hub id.
+    """
+
+    location: str
+    spec: ModelSpec
+    tokenizer: Any
+    train: EncodedData
+    evaluation: EncodedData | None
+    device: DeviceSpec
+    output_dir: Path
+    notes: tuple[str, ...]
+
+
+def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: DeviceSpec | None = None) -> Look:
+    """Look at model, data and machine.
+
+    Args:
+        name: the run's name, for its folder.
+        say: takes a line of progress.
+        device: the machine to plan for; None looks at this one.
+
+    Raises:
+        ConfigError: ``target_modules`` names no linear of this model.
+        ModelError, DataError: one of them cannot be read.
+    """
+    location = str(demo_model(say)) if config.model == DEMO_NAME else locate(config.model)
+    spec = read_spec(config.model, location, trust_remote_code=config.trust_remote_code)
+    _check_targets(config, spec)
+    tokenizer = read_tokenizer(location, trust_remote_code=config.trust_remote_code)
+    train = _encoded(config, config.data, "train", tokenizer, config.packing)
+    eval_source = config.eval_data
+    if eval_source is None and config.data == DEMO:
+        eval_source = DEMO
+    evaluation = None if eval_source is None else _encoded(config, eval_source, "eval", tokenizer, config.packing)
+    if evaluation is not None:
+        train = replace(train, stats=replace(train.stats, n_eval_rows=evaluation.stats.n_rows))
+    output_dir = Path(config.output_dir or default_output_dir(name)).expanduser()
+    note = ephemeral_note(output_dir.absolute(), os.environ)
+    return Look(
+        location=location,
+        spec=spec,
+        tokenizer=tokenizer,
+        train=train,
+        evaluation=evaluation,
+        device=device or device_spec(str(output_dir)),
+        output_dir=output_dir,
+        notes=(note,) if note else (),
+    )
+
+
+def _encoded(config: FinetuneConfig, source: Any, split: str, tokenizer: Any, packing: bool) -> EncodedData:
+    return encode(
+        read_rows(source, split=split),
+        tokenizer,
+        max_length=config.max_length,
+        assistant_only_loss=config.assistant_only_loss,
+        packing=packing,
+    )
+
+
+def _check_targets(config: FinetuneConfig, spec: ModelSpec) -> None:
+    asked = config.target_modules
+    names = [asked] if isinstance(asked, str) else list(asked)
+    missing = [n for n in names if n not in spec.linear_shapes and n != "all-linear" and "." not in n]
+    if missing and spec.linear_shapes:
+        has = ", ".join(spec.linear_shapes)
+        message = f"this model has no linear named {', '.join(missing)}"
+        raise ConfigError([Problem(key="target_modules", message=message, hint=f"it has {has}")])

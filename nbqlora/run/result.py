@@ -1,0 +1,124 @@
+"""``Run``: what a finished run leaves, without holding on to memory that nobody uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import RunError
+from nbqlora.core.events import Event
+from nbqlora.core.plan import Plan
+from nbqlora.core.report import Comparison, Report, Status
+from nbqlora.engine.generate import generate
+from nbqlora.engine.loaded import LoadedModel
+from nbqlora.memory.host import read_host
+from nbqlora.run.session import Session, free_all
+
+
+class Run:
+    """One run and its result. Its repr, its events and its pickle hold no tensors.
+
+    Args:
+        report: what happened.
+        config: what was asked for.
+        session: the only owner of the model.
+        reload: loads base and adapter again when the session was freed.
+    """
+
+    def __init__(
+        self, *, report: Report, config: FinetuneConfig, session: Session, reload: Callable[[Path], LoadedModel]
+    ) -> None:
+        self.report = report
+        self.config = config
+        self._session = session
+        self._reload = reload
+
+    @property
+    def name(self) -> str:
+        """The name given on the cell's first line."""
+        return self.report.name
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that it ran on."""
+        return self.report.plan
+
+    @property
+    def status(self) -> Status:
+        """``done``, ``stopped`` or ``failed``."""
+        return self.report.status
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything that happened, in order."""
+        return self.report.events
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The adapter's folder, in PEFT's format. Raises :class:`RunError` when none was saved."""
+        if self.report.adapter is None:
+            raise RunError(f"{self.name} saved no adapter: it {self.status} before its first step")
+        return Path(self.report.adapter.path)
+
+    def chat(self, text: str, *, max_new_tokens: int = 128) -> str:
+        """The tuned model's answer to one user turn, greedy.
+
+        Args:
+            text: what the user says.
+            max_new_tokens: where the answer is cut.
+
+        Raises:
+            RunError: no adapter was saved.
+        """
+        answers = generate(self._loaded(), [text], max_new_tokens=max_new_tokens, free_ram_bytes=read_host().free_bytes)
+        return answers[0]
+
+    def compare(self, prompts: str | Sequence[str], *, max_new_tokens: int = 128) -> Comparison:
+        """The base model's and the tuned model's answers to the same prompts, greedy.
+
+        Args:
+            prompts: user turns; one is enough.
+            max_new_tokens: where each answer is cut.
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        loaded, free = self._loaded(), read_host().free_bytes
+        base, tuned = (
+            generate(loaded, asked, max_new_tokens=max_new_tokens, use_adapter=adapter, free_ram_bytes=free)
+            for adapter in (False, True)
+        )
+        return Comparison(rows=tuple(zip(asked, base, tuned, strict=True)))
+
+    def plot(self) -> Any:
+        """Loss and memory over the steps, as a matplotlib figure."""
+        from nbqlora.view.figures import run_figure
+
+        return run_figure(self.report)
+
+    def free(self) -> None:
+        """Give the model's memory back; ``chat`` and ``compare`` load it again when asked."""
+        self._session.free()
+
+    def _loaded(self) -> LoadedModel:
+        if self._session.loaded is None:
+            folder = self.adapter_dir
+            free_all()
+            self._session.loaded = self._reload(folder)
+        return self._session.loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._session = Session()
+
+    def __repr__(self) -> str:
+        return repr(self.report).replace("Report(", "Run(", 1)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str | None:
+        return self.report._repr_html_()
