@@ -37,7 +37,12 @@ def finetune(*, name: str = "run", observe: Observer | None = None, **options: A
         >>> run = nbqlora.finetune(model="demo", data="demo", max_steps=16)
         >>> print(run.chat("Why is the sky blue?"))
     """
-    return _run.finetune(CellRequest(options=options), name=name, observe=observe)
+    return finetune_request(CellRequest(options=options), name=name, observe=observe)
+
+
+def finetune_request(request: CellRequest, *, name: str, observe: Observer | None = None) -> Run:
+    """:func:`finetune` for options that were written as text: a cell, a file."""
+    return _run.finetune(request, name=name, observe=observe)
 
 
 def plan(*, name: str = "run", **options: Any) -> Plan:
@@ -46,7 +51,12 @@ def plan(*, name: str = "run", **options: Any) -> Plan:
     Raises:
         ConfigError, DoesNotFitError, DataError, ModelError: as :func:`finetune`.
     """
-    return _run.make_plan(CellRequest(options=options), name=name)
+    return plan_request(CellRequest(options=options), name=name)
+
+
+def plan_request(request: CellRequest, *, name: str) -> Plan:
+    """:func:`plan` for options that were written as text."""
+    return _run.make_plan(request, name=name)
 
 
 def vram() -> VramReport:

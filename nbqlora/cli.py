@@ -93,18 +93,17 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 def _plan(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
-    from nbqlora import api, run
+    from nbqlora import api
 
-    print(run.make_plan(request, name=parsed.file.stem))
-    assert api
+    print(api.plan_request(request, name=parsed.file.stem))
     return 0
 
 
 def _finetune(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
-    from nbqlora import run
+    from nbqlora import api
 
-    print(run.finetune(request, name=parsed.file.stem, observe=_print))
+    print(api.finetune_request(request, name=parsed.file.stem, observe=_print))
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.engine.quiet import quiet_libraries
 
 # Unpacked weights may take this share of the RAM that is free.
 UNPACK_SHARE = 0.5
@@ -55,6 +56,7 @@ def generate(
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(quiet_libraries())
             stack.enter_context(autocast(loaded))
             if not use_adapter:
                 stack.enter_context(model.disable_adapter())

@@ -68,7 +68,8 @@ def _slower(other: Candidate, best: Candidate) -> str:
     extra = best.n_keep - other.n_keep
     words = [f"recompute {extra} more layers"] if extra > 0 else []
     if other.step_seconds and best.step_seconds:
-        words.append(f"{'be ' if not words else ''}{(other.step_seconds / best.step_seconds - 1) * 100:.0f} % slower")
+        percent = (other.step_seconds / best.step_seconds - 1) * 100
+        words += [f"{'' if words else 'be '}{percent:.0f} % slower"] if percent >= 0.5 else []
     return ": ".join(words) or "not be faster"
 
 

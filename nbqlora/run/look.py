@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, Problem
 from nbqlora.core.specs import DeviceSpec, ModelSpec
@@ -61,6 +63,9 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     if evaluation is not None:
         train = replace(train, stats=replace(train.stats, n_eval_rows=evaluation.stats.n_rows))
     output_dir = Path(config.output_dir or default_output_dir(name)).expanduser()
+    if not torch.cuda.is_available():
+        # On a CPU the process itself counts, with all libraries that the run will import.
+        import nbqlora.train.trainer  # noqa: F401
     note = ephemeral_note(output_dir.absolute(), os.environ)
     return Look(
         location=location,

@@ -1,0 +1,92 @@
+"""``%%finetune`` and ``%vram``: parse, call, display.
+
+Options are declared with ``magic_arguments``, so ``%%finetune?`` documents itself. A flag that does not
+exist is a real error: IPython's ``UsageError`` would let test runners pass the cell in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from nbqlora.core.errors import ConfigError, NbqloraError, Problem
+from nbqlora.core.request import CellRequest, parse_toml
+
+
+def register(shell: Any) -> None:
+    """Add the magics to a shell."""
+    shell.register_magics(NbqloraMagics)
+
+
+def _parsed(magic: Any, line: str, name: str) -> Any:
+    try:
+        return parse_argstring(magic, line)
+    except UsageError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError([Problem(key=name, message=reason, hint=f"{name}? lists what it takes")], "line 1") from None
+
+
+def _check_name(name: str) -> str:
+    if not name.isidentifier():
+        message = f"{name!r} cannot be a variable's name"
+        raise ConfigError([Problem(key="%%finetune", message=message, hint="write %%finetune run1")], "line 1")
+    return name
+
+
+@magics_class
+class NbqloraMagics(Magics):
+    """The magics of nbqlora."""
+
+    @magic_arguments()
+    @argument("name", nargs="?", default="run", help="the variable that the Run is bound to, and its folder in runs/")
+    @argument("--plan", action="store_true", help="say what would be done and why; nothing is loaded")
+    @argument("--static", action="store_true", help="no live output: the plan, then the result")
+    @argument("--traceback", action="store_true", help="show an error's whole traceback")
+    @cell_magic("finetune")
+    def finetune(self, line: str, cell: str) -> None:
+        """Fine-tune a model with QLoRA; the body is TOML: ``key = value``, comments with ``#``."""
+        parsed = _parsed(self.finetune, line, "%%finetune")
+        try:
+            name = _check_name(parsed.name)
+            request = parse_toml(cell, first_line=2, source="this cell", namespace=self.shell.user_ns)
+            self.shell.user_ns[name] = _plan(request, name) if parsed.plan else _run(request, name, parsed.static)
+        except NbqloraError as error:
+            error.show_traceback = parsed.traceback
+            raise
+
+    @magic_arguments()
+    @line_magic("vram")
+    def vram(self, line: str) -> None:
+        """Show memory now: the card (or RAM), what this process holds, RAM and disk."""
+        _parsed(self.vram, line, "%vram")
+        from nbqlora import api
+        from nbqlora.notebook.live import show
+
+        show(api.vram())
+
+
+def _plan(request: CellRequest, name: str) -> Any:
+    from nbqlora import api
+    from nbqlora.notebook.live import show
+
+    plan = api.plan_request(request, name=name)
+    show(plan)
+    return plan
+
+
+def _run(request: CellRequest, name: str, static: bool) -> Any:
+    from nbqlora import api
+    from nbqlora.notebook.live import LiveView, is_static
+
+    view = LiveView(name, static=is_static(os.environ, static))
+    try:
+        result = api.finetune_request(request, name=name, observe=view)
+    except BaseException:
+        view.fail()
+        raise
+    view.finish(result)
+    return result
