@@ -79,7 +79,8 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
     session = Session()
     failure: NbqloraError
     try:
-        return _Job(config, seen, plan, name, session, journal).do()
+        with quiet_libraries(progress_bars=True):
+            return _Job(config, seen, plan, name, session, journal).do()
     except torch.OutOfMemoryError as error:
         clear_frames(error.__traceback__)
         failure = DoesNotFitError(_out_of_memory(plan, error))
@@ -179,20 +180,19 @@ class _Job:
         peak = PeakMeter(plan.device.kind)
         events = EventCallback(emit=self._step, meter=meter, stop=stop, peak=peak.read, clock=self._journal.clock)
         evaluation = self._seen.evaluation
-        with quiet_libraries():
-            trainer = QLoraTrainer(
-                loaded=loaded,
-                arguments=trainer_arguments(self._config, plan, evaluation is not None),
-                train_dataset=self._seen.train.dataset,
-                eval_dataset=None if evaluation is None else evaluation.dataset,
-                loss=loss,
-                meter=meter,
-                find_rows=self._seen.train.find_rows,
-                callbacks=[events],
-            )
+        trainer = QLoraTrainer(
+            loaded=loaded,
+            arguments=trainer_arguments(self._config, plan, evaluation is not None),
+            train_dataset=self._seen.train.dataset,
+            eval_dataset=None if evaluation is None else evaluation.dataset,
+            loss=loss,
+            meter=meter,
+            find_rows=self._seen.train.find_rows,
+            callbacks=[events],
+        )
         try:
             peak.start()
-            with stop, quiet_libraries():
+            with stop:
                 trainer.train()
         finally:
             peak.stop()
