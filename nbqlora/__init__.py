@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from nbqlora.core.version import __version__ as __version__
+
 __all__ = ["ConfigError", "NbqloraError", "Plan", "Report", "Run", "VramReport", "finetune", "plan", "vram"]
 
 _HOME = {

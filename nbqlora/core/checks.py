@@ -5,6 +5,7 @@ Kept apart from the list of options so that the list reads as a list.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
@@ -15,8 +16,18 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit")
 
 
 def _shown(value: Any) -> str:
-    text = repr(value).replace("'", '"') if isinstance(value, str) else repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
+    """A value as TOML writes it, short."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a huge number"
+    written = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if len(written) <= 40 and "\n" not in written:
+        return written
+    if isinstance(value, str):
+        return "long text"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
 def optional(check: Check) -> Check:
@@ -36,15 +47,22 @@ def boolean(value: Any) -> str:
 
 def one_of(*names: str) -> Check:
     """One of ``names``."""
-    return lambda value: "" if value in names else f"expected one of {', '.join(names)}, got {_shown(value)}"
+
+    def check(value: Any) -> str:
+        fine = isinstance(value, str) and value in names
+        return "" if fine else f"expected one of {', '.join(names)}, got {_shown(value)}"
+
+    return check
 
 
-def integer(*, at_least: int) -> Check:
+def integer(*, at_least: int, at_most: int | None = None) -> Check:
     """A whole number from ``at_least``; true and false are not numbers."""
+    upto = f" and at most {at_most}" if at_most is not None else ""
 
     def check(value: Any) -> str:
         fine = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-        return "" if fine else f"expected a whole number of at least {at_least}, got {_shown(value)}"
+        fine = fine and (at_most is None or value <= at_most)
+        return "" if fine else f"expected a whole number of at least {at_least}{upto}, got {_shown(value)}"
 
     return check
 
@@ -56,7 +74,8 @@ def number(*, above: float | None = None, at_least: float | None = None, below: 
     bounds += [f"below {below:g}"] if below is not None else []
 
     def check(value: Any) -> str:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fine = fine and (isinstance(value, int) or isfinite(value))
         fine = fine and (above is None or value > above) and (at_least is None or value >= at_least)
         fine = fine and (below is None or value < below)
         return "" if fine else f"expected a number {' and '.join(bounds)}, got {_shown(value)}"
@@ -100,7 +119,7 @@ def table(value: Any) -> str:
 
 def layer_policies(value: Any) -> str:
     """``auto``, ``none``, ``full``, true, false, or layers by policy."""
-    if isinstance(value, bool) or value in ("auto", "none", "full"):
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", "none", "full")):
         return ""
     if isinstance(value, Mapping) and value:
         unknown = [k for k in value if k not in ("keep", "recompute")]
@@ -108,15 +127,3 @@ def layer_policies(value: Any) -> str:
             return f"expected layers by policy (keep, recompute), got {unknown[0]}"
         return next((m for m in map(integer(at_least=0), value.values()) if m), "")
     return f'expected "auto", "none", "full" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it; rows in memory become a description."""
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
-        return list(value)
-    size = f" of {len(value)} rows" if hasattr(value, "__len__") else ""
-    return f"<{type(value).__name__}{size}>"

@@ -8,48 +8,14 @@ silence. Anything not listed goes through the ``trl`` and ``peft`` tables, check
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 from nbqlora.core import checks as c
 from nbqlora.core.errors import ConfigError, Problem
-from nbqlora.core.request import CellRequest
-
-# How people spell it elsewhere -> the option's name here.
-ALIASES = {
-    "adapter_rank": "lora_r", "alpha": "lora_alpha", "base_model": "model", "batch_size": "effective_batch_size",
-    "cutoff_len": "max_length", "dataset": "data", "dropout": "lora_dropout", "epochs": "num_train_epochs",
-    "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r",
-    "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_seq_length": "max_length",
-    "max_seq_len": "max_length", "micro_batch_size": "per_device_train_batch_size", "model_name": "model",
-    "num_epochs": "num_train_epochs", "optimizer": "optim", "r": "lora_r", "rank": "lora_r",
-    "random_state": "seed", "sequence_len": "max_length", "steps": "max_steps", "train_data": "data",
-    "train_dataset": "data", "vram": "vram_gib", "warmup": "warmup_ratio",
-}  # fmt: skip
-
-# Keys of TRL and PEFT that have an owner here, with what to write instead.
-REFUSED_TRL = {
-    "activation_checkpointing": "gradient_checkpointing at the top level decides it per layer",
-    "activation_offloading": "gradient_checkpointing at the top level decides it per layer",
-    "auto_find_batch_size": "the plan picks the batch before anything is loaded",
-    "bf16": "write dtype", "fp16": "write dtype", "use_cpu": "the device is found by itself",
-    "do_train": "a run always trains", "do_eval": "give eval_data",
-    "load_best_model_at_end": "the adapter of the last step is saved",
-    "model_init_kwargs": "the model is loaded by nbqlora", "packing_strategy": "only bfd keeps documents apart",
-    "resume_from_checkpoint": "write output_dir; a run saves its adapter at its end",
-    "save_steps": "a run saves its adapter at its end", "save_strategy": "a run saves its adapter at its end",
-    "torch_compile": "the first step must come within seconds", "use_liger_kernel": "it patches classes",
-    "warmup_steps": "write warmup_ratio", "chat_template_path": "the tokenizer's own template is used",
-    "completion_only_loss": "write assistant_only_loss", "dataset_kwargs": "rows are tokenized by nbqlora",
-    "dataset_text_field": "rows are tokenized by nbqlora", "loss_type": "only the likelihood loss is implemented",
-    "label_smoothing_factor": "only the likelihood loss is implemented", "fsdp": "one card for now",
-    "deepspeed": "one card for now",
-}  # fmt: skip
-REFUSED_PEFT = {
-    "r": "write lora_r", "task_type": "it is always CAUSAL_LM", "inference_mode": "a run trains",
-    "modules_to_save": "full-size trainable copies are not planned for yet",
-}  # fmt: skip
+from nbqlora.core.names import meant_by, table_problems, unknown_key
+from nbqlora.core.plain import described, plain
+from nbqlora.core.request import CellRequest, resolve
 
 
 def _leaf(check: Callable[[Any], str], default: Any = MISSING) -> Any:
@@ -57,7 +23,7 @@ def _leaf(check: Callable[[Any], str], default: Any = MISSING) -> Any:
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneConfig:
     """The options of one run. Raises :class:`ConfigError` with every problem at once.
 
@@ -105,7 +71,7 @@ class FinetuneConfig:
     lora_alpha: float = _leaf(c.number(above=0), 16)
     lora_dropout: float = _leaf(c.number(at_least=0, below=1), 0.0)
     target_modules: str | tuple[str, ...] = _leaf(c.module_names, "all-linear")
-    seed: int = _leaf(c.integer(at_least=0), 42)
+    seed: int = _leaf(c.integer(at_least=0, at_most=2**32 - 1), 42)
     report_to: str | tuple[str, ...] = _leaf(c.module_names, "none")
     trl: Mapping[str, Any] = field(default_factory=dict, metadata={"check": c.table})
     peft: Mapping[str, Any] = field(default_factory=dict, metadata={"check": c.table})
@@ -116,38 +82,43 @@ class FinetuneConfig:
             message = f.metadata["check"](getattr(self, f.name))
             if message:
                 problems.append(Problem(key=f.name, message=message))
-        problems += _batch_problems(self) if not problems else []
+        wrong = {p.key for p in problems}
+        problems += [] if wrong & {*BATCH_OPTIONS} else _batch_problems(self)
         if problems:
             raise ConfigError(problems)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; data held in memory is described, not copied."""
-        return {f.name: c.plain(getattr(self, f.name)) for f in fields(self)}
+        rows = {"data", "eval_data"}
+        return {f.name: (described if f.name in rows else plain)(getattr(self, f.name)) for f in fields(self)}
+
+    def __repr__(self) -> str:
+        given = self.as_dict()
+        pinned = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) is not f.default]
+        shown = ", ".join(f"{f.name}={given[f.name]!r}" for f in pinned if given[f.name] != {})
+        return f"FinetuneConfig({shown})"
 
 
 DEFAULT_EFFECTIVE_BATCH_SIZE = 16
+BATCH_OPTIONS = ("effective_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def _batch_problems(config: FinetuneConfig) -> list[Problem]:
-    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    effective = config.effective_batch_size
-    if effective is None or (batch is None and accumulation is None):
+    effective, batch, accumulation = (getattr(config, name) for name in BATCH_OPTIONS)
+    if effective is None:
         return []
     asked = f"effective_batch_size is {effective}"
-    if batch and accumulation and batch * accumulation != effective:
+    if batch and accumulation:
+        if batch * accumulation == effective:
+            return []
         given = f"{batch} rows x {accumulation} accumulation steps = {batch * accumulation}, but {asked}"
         return [Problem(key="effective_batch_size", message=given, hint="leave one of the three out")]
-    for name, part in (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation)):
-        if part and effective % part:
-            return [Problem(key=name, message=f"{part} does not divide {effective}", hint=f"{asked}")]
-    return []
+    parts = (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation))
+    wrong = [(name, part) for name, part in parts if part and effective % part]
+    return [Problem(key=name, message=f"{part} does not divide {effective}", hint=asked) for name, part in wrong]
 
 
-def validate(
-    request: CellRequest,
-    *,
-    table_fields: Callable[[str], frozenset[str]],
-) -> FinetuneConfig:
+def validate(request: CellRequest, *, table_fields: Callable[[str], frozenset[str]]) -> FinetuneConfig:
     """Check a request; nothing is loaded.
 
     Args:
@@ -159,61 +130,38 @@ def validate(
         ConfigError: everything that is wrong, with line numbers where the request knows them.
     """
     known = {f.name: f for f in fields(FinetuneConfig)}
-    problems = [*request.problems]
-    problems += [_unknown(key, list(known)) for key in request.options if key not in known]
-    unreadable = {p.key for p in problems}
-    for name, f in known.items():
-        if (
-            name not in request.options
-            and name not in unreadable
-            and f.default is MISSING
-            and f.default_factory is MISSING
-        ):
-            hint = 'for a first try write "demo"'
-            problems.append(Problem(key=name, message="is missing", hint=hint))
-    for table, refused in (("trl", REFUSED_TRL), ("peft", REFUSED_PEFT)):
+    problems = [*request.problems, *(unknown_key(key, known) for key in request.options if key not in known)]
+    told = {p.key.split(".")[0] for p in problems}
+    above = "at the top level" + (", above any [table]" if request.line_of else "")
+    for table in ("trl", "peft"):
         given = request.options.get(table)
         if isinstance(given, Mapping) and given:
-            problems += _table_problems(table, given, refused, table_fields(table), set(known))
-    values = {k: _value(v, request.mapping) for k, v in request.options.items() if k in known}
-    config = None
+            problems += table_problems(table, given, table_fields(table), known, above)
+    problems += [_missing(f.name) for f in fields(FinetuneConfig) if _required(f) and not _spoken_of(f.name, request)]
+    fine = {k: resolve(v, request.mapping) for k, v in request.options.items() if k in known and k not in told}
     try:
-        config = FinetuneConfig(**{"model": "demo", "data": "demo", **values})
+        config = FinetuneConfig(**{"model": "demo", "data": "demo", **fine})
     except ConfigError as error:
         problems += error.problems
-    if problems or config is None:
-        located = [_locate(p, request.line_of) for p in problems]
+    if problems:
+        located = [replace(p, line=request.line_of.get(p.key) if p.line is None else p.line) for p in problems]
         raise ConfigError(sorted(located, key=lambda p: p.line or 0), request.source)
     return config
 
 
-def _value(value: Any, mapping: Mapping[str, Any]) -> Any:
-    if isinstance(value, str) and value in mapping:
-        return mapping[value]
-    return tuple(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+def _required(f: Field[Any]) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
 
 
-def _locate(problem: Problem, line_of: Mapping[str, int]) -> Problem:
-    line = problem.line if problem.line is not None else line_of.get(problem.key)
-    return Problem(key=problem.key, message=problem.message, hint=problem.hint, line=line)
+def _missing(name: str) -> Problem:
+    return Problem(key=name, message="is missing", hint='for a first try write "demo"')
 
 
-def _unknown(key: str, names: list[str], prefix: str = "") -> Problem:
-    close = [ALIASES[key]] if key in ALIASES and not prefix else get_close_matches(key, names, n=1, cutoff=0.6)
-    hint = f"did you mean {prefix}{close[0]}?" if close else ""
-    return Problem(key=prefix + key, message="unknown key", hint=hint)
-
-
-def _table_problems(
-    table: str, given: Mapping[str, Any], refused: Mapping[str, str], names: frozenset[str], known: set[str]
-) -> list[Problem]:
-    problems = []
-    for key in given:
-        where = f"{table}.{key}"
-        if key in known:
-            problems.append(Problem(key=where, message="is an option of its own", hint=f"write {key} at the top level"))
-        elif key in refused:
-            problems.append(Problem(key=where, message="is not accepted", hint=refused[key]))
-        elif key not in names:
-            problems.append(_unknown(key, sorted(names), f"{table}."))
-    return problems
+def _spoken_of(name: str, request: CellRequest) -> bool:
+    """The option was written: as it is, unreadably, in a table, or under another name."""
+    written = [*request.options, *(p.key for p in request.problems)]
+    for table in ("trl", "peft"):
+        given = request.options.get(table)
+        written += map(str, given) if isinstance(given, Mapping) else []
+    known = [f.name for f in fields(FinetuneConfig)]
+    return any(meant_by(key, known) == name for key in written)

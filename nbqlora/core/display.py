@@ -26,6 +26,10 @@ class Displayed:
         renderer = _text.get(type(self))
         return renderer(self) if renderer else repr(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as plain text: the whole, where ``repr`` is one line."""
+        printer.text(str(self))
+
     def _repr_html_(self) -> str | None:
         renderer = _html.get(type(self))
         return renderer(self) if renderer else None

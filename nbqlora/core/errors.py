@@ -59,12 +59,22 @@ class ConfigError(NbqloraError, ValueError):
     def _message(self) -> str:
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} in {self.source}"
-        width = max((len(p.key) for p in self.problems), default=0)
-        rows = []
-        for p in self.problems:
-            where = f"line {p.line:<3} " if p.line is not None else ""
-            rows.append(f"  {where}{p.key:<{width}}  {p.message}" + (f"; {p.hint}" if p.hint else ""))
-        return "\n".join([head, *rows])
+        columns = (
+            _column(["" if p.line is None else f"line {p.line}" for p in self.problems]),
+            _column([p.key for p in self.problems]),
+            [p.message + (f"; {p.hint}" if p.hint else "") for p in self.problems],
+        )
+        return "\n".join([head, *(f"  {where}{key}{text}" for where, key, text in zip(*columns, strict=True))])
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...], str]]:
+        """Pickled and copied by its problems, not by its text."""
+        return type(self), (self.problems, self.source)
+
+
+def _column(cells: list[str]) -> list[str]:
+    """Cells of one width with a gap behind, or nothing where all are empty."""
+    width = max(map(len, cells), default=0)
+    return [f"{cell:<{width}}  " if width else "" for cell in cells]
 
 
 class DataError(NbqloraError, ValueError):

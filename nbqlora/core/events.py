@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from nbqlora.core.plain import plain
 from nbqlora.core.plan import Plan
 
 
@@ -16,8 +17,8 @@ class Event:
     elapsed_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the event's kind."""
-        return {"kind": type(self).__name__, **asdict(self)}
+        """Plain JSON values, with the event's kind; a figure that is not finite is None."""
+        return {"kind": type(self).__name__, **plain(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbqlora.core.display import Displayed
+from nbqlora.core.plain import plain
 from nbqlora.core.specs import DataStats, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
 
 
@@ -77,11 +78,7 @@ class Plan(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        skipped = {"layer_policies", "budget"}
-        plain = {k: v for k, v in asdict(self).items() if k not in skipped}
-        plain["layer_policies"] = [p.value for p in self.layer_policies]
-        plain["budget"] = {c.value: n for c, n in self.budget.by_category.items()}
-        return plain
+        return {**plain(self), "budget": plain(self.budget.by_category)}
 
     def __repr__(self) -> str:
         return (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nbqlora.core.display import Displayed
 from nbqlora.core.events import EvalEvent, Event, StepEvent
+from nbqlora.core.plain import plain
 from nbqlora.core.plan import Plan, Replacement, SavedAdapter
 from nbqlora.core.specs import MemoryCategory
 from nbqlora.core.units import format_bytes
@@ -66,9 +67,9 @@ class Report(Displayed):
             "tokens_per_second": self.tokens_per_second,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
-            "adapter": None if self.adapter is None else vars(self.adapter),
-            "versions": dict(self.versions or {}),
-            "replacements": [vars(r) for r in self.replacements],
+            "adapter": plain(self.adapter),
+            "versions": plain(self.versions or {}),
+            "replacements": plain(self.replacements),
             "plan": self.plan.as_dict(),
             "events": [e.as_dict() for e in self.events],
         }
@@ -107,7 +108,7 @@ class VramReport(Displayed):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "by_category": {c.value: n for c, n in self.by_category.items()}}
+        return dict(plain(self))
 
     def __repr__(self) -> str:
         return f"VramReport({self.name}: {format_bytes(self.free_bytes)} free of {format_bytes(self.total_bytes)})"

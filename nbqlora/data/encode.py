@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbqlora.core.errors import DataError
 from nbqlora.core.specs import DataStats
+from nbqlora.data.messages import is_missing
 from nbqlora.data.render import EncodedRow, check_tokenizer, encode_row
-from nbqlora.data.rows import Rows
+from nbqlora.data.rows import Rows, no_progress_bars
 
 NOTHING_TO_LEARN = "nothing to learn from"
 CUT_AWAY = "the answer begins after max_length"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EncodedData:
     """Token ids and labels, ready for the trainer.
 
@@ -35,6 +36,9 @@ class EncodedData:
     stats: DataStats
     rows: tuple[EncodedRow, ...]
     row_numbers: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"EncodedData({self.stats.source}: {self.stats.n_rows} rows, {self.stats.n_tokens} tokens)"
 
     def find_rows(self, documents: list[list[int]]) -> tuple[int, ...]:
         """Numbers in the source of the rows with these token ids; a failing batch is named by them."""
@@ -55,7 +59,7 @@ def encode(
         DataError: a row cannot be read, or nothing is left to learn from.
     """
     check_tokenizer(tokenizer, _has_messages(rows.rows[0]))
-    kept, numbers, lengths = [], [], []
+    kept, numbers = [], []
     skipped: Counter[str] = Counter()
     n_truncated = 0
     for number, row in enumerate(rows.rows, start=1):
@@ -69,26 +73,29 @@ def encode(
         n_truncated += cut
         kept.append(short)
         numbers.append(number)
-        lengths.append(len(short.input_ids))
     if not kept:
         raise DataError(f"{rows.source}: no row teaches anything: {_reasons(skipped)}; max_length is {max_length}")
     dataset = _dataset(kept, max_length, packing)
-    stats = DataStats(
-        n_rows=len(kept),
-        n_sequences=len(dataset),
-        n_tokens=sum(lengths),
-        n_supervised_tokens=sum(r.n_supervised for r in kept),
-        max_tokens=max(lengths),
-        percentiles=_percentiles(lengths),
-        n_truncated=n_truncated,
-        n_skipped=dict(skipped),
-        source=rows.source,
+    stats = replace(
+        _counted(kept), n_sequences=len(dataset), n_truncated=n_truncated, n_skipped=dict(skipped), source=rows.source
     )
     return EncodedData(dataset=dataset, stats=stats, rows=tuple(kept), row_numbers=tuple(numbers))
 
 
+def _counted(rows: list[EncodedRow]) -> DataStats:
+    lengths = [len(row.input_ids) for row in rows]
+    return DataStats(
+        n_rows=len(rows),
+        n_sequences=len(rows),
+        n_tokens=sum(lengths),
+        n_supervised_tokens=sum(row.n_supervised for row in rows),
+        max_tokens=max(lengths),
+        percentiles=_percentiles(lengths),
+    )
+
+
 def _has_messages(row: Mapping[str, Any]) -> bool:
-    return row.get("messages") is not None or not isinstance(row.get("prompt", ""), str)
+    return not is_missing(row.get("messages")) or isinstance(row.get("prompt"), list)
 
 
 def _reasons(skipped: Mapping[str, int]) -> str:
@@ -109,4 +116,5 @@ def _dataset(rows: list[EncodedRow], max_length: int, packing: bool) -> Any:
         return dataset
     from trl import pack_dataset
 
-    return pack_dataset(dataset, max_length, strategy="bfd")
+    with no_progress_bars():
+        return pack_dataset(dataset, max_length, strategy="bfd")

@@ -43,7 +43,8 @@ def load_adapter(config: FinetuneConfig, plan: Plan, location: str, tokenizer: A
 
     model = _base(plan, location, config.trust_remote_code)
     try:
-        model = PeftModel.from_pretrained(model, str(adapter))
+        with quiet_libraries():
+            model = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the adapter in {adapter}: {str(error).splitlines()[0]}") from error
     loaded = _loaded(model, plan, tokenizer)
@@ -71,14 +72,17 @@ def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[plan.dtype]
+    # A checkpoint that is stored in 4 bits brings its own settings; even None would override them.
+    quantize = plan.load_in_4bit and not plan.model.quantized
+    settings: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantize else {}
     try:
         with quiet_libraries(progress_bars=not Path(location).is_dir()):
             model = AutoModelForCausalLM.from_pretrained(
                 location,
-                quantization_config=None if plan.model.quantized or not plan.load_in_4bit else _nf4(dtype),
                 device_map={"": device_of(plan)},
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                **settings,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {plan.model.name}: {str(error).splitlines()[0]}") from error

@@ -33,6 +33,7 @@ from nbqlora.core.report import Report, Status
 from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import format_bytes, format_minutes
+from nbqlora.core.version import __version__
 from nbqlora.engine.checkpoint import apply_policies
 from nbqlora.engine.head import choose_loss
 from nbqlora.engine.loaded import LoadedModel, autocast
@@ -44,7 +45,7 @@ from nbqlora.run.look import Look, look
 from nbqlora.run.result import Run
 from nbqlora.run.session import Session, clear_frames, collect, free_all
 
-LIBRARIES = ("nbqlora", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 def make_plan(request: CellRequest, *, name: str = "run", device: DeviceSpec | None = None) -> Plan:
@@ -54,7 +55,8 @@ def make_plan(request: CellRequest, *, name: str = "run", device: DeviceSpec | N
         device: the machine to plan for; None looks at this one.
     """
     config = validate(request, table_fields=table_fields)
-    return _plan(config, look(config, name, lambda line: None, device))
+    with quiet_libraries(progress_bars=True):
+        return _plan(config, look(config, name, lambda line: None, device))
 
 
 def finetune(request: CellRequest, *, name: str = "run", observe: Observer | None = None) -> Run:
@@ -73,7 +75,8 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
     journal = _Journal(observe)
     config = validate(request, table_fields=table_fields)
     journal.phase("look")
-    seen = look(config, name, journal.note)
+    with quiet_libraries(progress_bars=True):
+        seen = look(config, name, journal.note)
     plan = _plan(config, seen)
     journal.emit(PlannedEvent(plan=plan, elapsed_seconds=journal.clock()))
     session = Session()
@@ -232,7 +235,7 @@ class _Job:
             seconds=self._journal.clock(),
             adapter=saved,
             replacements=self._replacements,
-            versions={name: metadata.version(name) for name in LIBRARIES},
+            versions={"nbqlora": __version__, **{name: metadata.version(name) for name in LIBRARIES}},
         )
         save_json({"config": self._config.as_dict(), **report.as_dict()}, self._seen.output_dir / "run.json")
         return report

@@ -20,7 +20,7 @@ import torch
 
 import nbqlora
 
-WORDS = "the of and to in is was for on that by with as his this from not are but have had they which".split()
+WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "by", "with", "as", "his", "this", "from")
 
 
 def options_of(text: str) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""What people call an option elsewhere, and what the ``trl`` and ``peft`` tables do not take.
+
+An unknown key always gets the nearest known one as a hint; a refused one gets the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from nbqlora.core.errors import Problem
+
+# How people spell it elsewhere -> the option's name here.
+ALIASES = {
+    "adapter_rank": "lora_r", "alpha": "lora_alpha", "base_model": "model", "batch_size": "effective_batch_size",
+    "cutoff_len": "max_length", "dataset": "data", "dropout": "lora_dropout", "epochs": "num_train_epochs",
+    "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r",
+    "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_seq_length": "max_length",
+    "max_seq_len": "max_length", "micro_batch_size": "per_device_train_batch_size", "model_name": "model",
+    "num_epochs": "num_train_epochs", "optimizer": "optim", "r": "lora_r", "rank": "lora_r",
+    "random_state": "seed", "sequence_len": "max_length", "steps": "max_steps", "train_data": "data",
+    "train_dataset": "data", "vram": "vram_gib", "warmup": "warmup_ratio",
+}  # fmt: skip
+
+# Keys of TRL and PEFT that have an owner here, with what to write instead.
+REFUSED_TRL = {
+    "activation_checkpointing": "gradient_checkpointing at the top level decides it per layer",
+    "activation_offloading": "gradient_checkpointing at the top level decides it per layer",
+    "auto_find_batch_size": "the plan picks the batch before anything is loaded",
+    "bf16": "write dtype", "fp16": "write dtype", "use_cpu": "the device is found by itself",
+    "do_train": "a run always trains", "do_eval": "give eval_data",
+    "load_best_model_at_end": "the adapter of the last step is saved",
+    "logging_nan_inf_filter": "a loss that is not finite is always an error",
+    "model_init_kwargs": "the model is loaded by nbqlora", "packing_strategy": "only bfd keeps documents apart",
+    "padding_free": "packing decides it",
+    "push_to_hub": "the adapter is saved in output_dir; push that folder",
+    "hub_token": "options are written to a file; log in with huggingface_hub.login()",
+    "resume_from_checkpoint": "write output_dir; a run saves its adapter at its end",
+    "save_steps": "a run saves its adapter at its end", "save_strategy": "a run saves its adapter at its end",
+    "torch_compile": "the first step must come within seconds", "use_liger_kernel": "it patches classes",
+    "torch_compile_backend": "it switches torch_compile on", "torch_compile_mode": "it switches torch_compile on",
+    "warmup_steps": "write warmup_ratio", "chat_template_path": "the tokenizer's own template is used",
+    "completion_only_loss": "write assistant_only_loss", "dataset_kwargs": "rows are tokenized by nbqlora",
+    "dataset_num_proc": "rows are tokenized by nbqlora", "dataset_text_field": "rows are tokenized by nbqlora",
+    "eval_packing": "packing decides it for both", "truncation_mode": "rows are cut at their end",
+    "loss_type": "only the likelihood loss is implemented",
+    "label_smoothing_factor": "only the likelihood loss is implemented", "fsdp": "one card for now",
+    "deepspeed": "one card for now",
+}  # fmt: skip
+REFUSED_PEFT = {
+    "r": "write lora_r", "task_type": "it is always CAUSAL_LM", "inference_mode": "a run trains",
+    "modules_to_save": "full-size trainable copies are not planned for yet",
+}  # fmt: skip
+
+
+def unknown_key(key: str, known: Collection[str]) -> Problem:
+    """An unknown option, with the one that was probably meant."""
+    meant = meant_by(key, known)
+    return Problem(key=key, message="unknown key", hint=f"did you mean {meant}?" if meant else "")
+
+
+def meant_by(key: str, known: Collection[str]) -> str:
+    """The option that ``key`` is another word for, or is closest to; "" for none."""
+    spelled = key.lower().replace("-", "_")
+    if spelled in known:
+        return spelled
+    if spelled in ALIASES:
+        return ALIASES[spelled]
+    return next(iter(get_close_matches(spelled, known, n=1, cutoff=0.6)), "")
+
+
+def table_problems(
+    table: str, given: Mapping[Any, Any], names: Collection[str], known: Collection[str], above: str
+) -> list[Problem]:
+    """What is wrong with the keys of ``trl`` or ``peft``.
+
+    Args:
+        given: the table as written.
+        names: fields of the library's config class.
+        known: the options of the top level.
+        above: where those stand, in words ("at the top level").
+    """
+    refused = REFUSED_TRL if table == "trl" else REFUSED_PEFT
+    problems = []
+    for key in map(str, given):
+        where = f"{table}.{key}"
+        if key in known:
+            problems.append(Problem(key=where, message="is an option of its own", hint=f"write {key} {above}"))
+        elif key in refused:
+            problems.append(Problem(key=where, message="is not accepted", hint=refused[key]))
+        elif key not in names:
+            problems.append(_unknown_field(table, key, [n for n in names if n not in refused], known, above))
+    return problems
+
+
+def _unknown_field(table: str, key: str, names: list[str], known: Collection[str], above: str) -> Problem:
+    close = get_close_matches(key, sorted({*names, *known}), n=1, cutoff=0.6)
+    meant = ALIASES[key] if key in ALIASES else next(iter(close), "")
+    hint = f"did you mean {meant} {above}?" if meant in known else f"did you mean {table}.{meant}?"
+    return Problem(key=f"{table}.{key}", message="unknown key", hint=hint if meant else "")

@@ -1,0 +1,185 @@
+"""The nine steps on a tiny model: what a Run can do, what it leaves, and what it gives back."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import nbqlora
+from nbqlora.core.errors import DoesNotFitError, ModelError, RunError
+from nbqlora.core.events import PhaseEvent, PlannedEvent, SavedEvent, StepEvent
+
+OPTIONS = {"max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tiny_rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return nbqlora.finetune(
+        name="first", model=str(tiny_folder), data=tiny_rows, eval_data=tiny_rows[:3], output_dir=str(out), **OPTIONS
+    )
+
+
+def test_the_steps_happen_in_order_and_the_report_sums_them_up(finished):
+    phases = [e.phase for e in finished.events if isinstance(e, PhaseEvent)]
+    assert phases == ["look", "load", "train", "save"]
+    kinds = [type(e) for e in finished.events]
+    assert kinds.index(PlannedEvent) < kinds.index(StepEvent) < kinds.index(SavedEvent)
+    assert finished.status == "done"
+    assert [e.step for e in finished.report.steps] == [1, 2, 3]
+    assert finished.report.steps[-1].loss < finished.report.steps[0].loss
+    assert len(finished.report.evals) == 2
+    assert sum(e.n_tokens for e in finished.report.steps) == finished.plan.data.n_tokens
+
+
+def test_run_json_holds_everything_and_no_rows(finished, tiny_rows):
+    record = json.loads((finished.adapter_dir.parent / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["config"]["data"] == "<list of 12 rows>"
+    assert record["config"]["lora_r"] == 4
+    assert record["plan"]["micro_batch_size"] * record["plan"]["gradient_accumulation_steps"] == 4
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["events"]) == len(finished.events)
+    assert tiny_rows[0]["messages"][0]["content"] not in json.dumps(record)
+
+
+def test_the_adapter_loads_in_a_process_that_does_not_know_nbqlora(finished, tiny_folder):
+    code = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained({str(tiny_folder)!r}, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, {str(finished.adapter_dir)!r})
+ids = AutoTokenizer.from_pretrained({str(finished.adapter_dir)!r})("hello", return_tensors="pt")["input_ids"]
+tuned = model(input_ids=ids).logits
+with model.disable_adapter():
+    assert not torch.allclose(tuned, model(input_ids=ids).logits), "the adapter does nothing"
+assert model.peft_config["default"].r == 4 and "nbqlora" not in sys.modules
+print("loaded")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=finished.adapter_dir)
+    assert done.stdout.strip() == "loaded", done.stderr[-2000:]
+
+
+def test_chat_and_compare_use_the_adapter_and_reload_it_when_freed(finished):
+    before = finished.chat("sun moon", max_new_tokens=8)
+    table = finished.compare("sun moon", max_new_tokens=8)
+    assert table.rows[0][0] == "sun moon"
+    assert table.rows[0][2] == before
+    assert table.rows[0][1] != table.rows[0][2]
+    finished.free()
+    assert finished._session.loaded is None
+    assert finished.chat("sun moon", max_new_tokens=8) == before
+    assert "> sun moon" in str(table)
+
+
+def test_a_pickled_run_holds_no_tensors_and_still_talks(finished):
+    answer = finished.chat("river", max_new_tokens=6)
+    packed = pickle.dumps(finished)
+    assert len(packed) < 200_000
+    again = pickle.loads(packed)
+    assert repr(again) == repr(finished)
+    assert again.chat("river", max_new_tokens=6) == answer
+
+
+def test_repr_is_one_short_line(finished):
+    assert repr(finished) == f"Run(first: done, 3 steps, loss {finished.report.steps[-1].loss:.3f})"
+    assert "tensor" not in repr(finished.report)
+    assert finished._repr_html_().count("<table") == 1
+
+
+def test_plot_is_a_png(finished):
+    assert finished.plot()._repr_png_()[:4] == b"\x89PNG"
+
+
+def _tensor_bytes() -> int:
+    gc.collect()
+    alive = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
+def test_three_runs_end_at_the_same_memory(tiny_folder, tiny_rows, tmp_path):
+    options = dict(model=str(tiny_folder), data=tiny_rows, output_dir=str(tmp_path), max_steps=2, **OPTIONS)
+    held, resident, firsts = [], [], []
+    for _ in range(3):
+        run = nbqlora.finetune(**options)
+        firsts.append(weakref.ref(next(run._session.loaded.model.parameters())))
+        held.append(_tensor_bytes())
+        resident.append(psutil.Process().memory_info().rss)
+    assert held[0] == held[1] == held[2]
+    assert [r() is None for r in firsts] == [True, True, False], "a finished run kept its model"
+    assert resident[2] - resident[1] < 32 << 20
+    run.free()
+    assert firsts[2]() is None
+
+
+def test_a_plan_reads_no_weights(tiny_folder, tiny_rows, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    plan = nbqlora.plan(model=str(bare), data=tiny_rows, **OPTIONS)
+    assert plan.effective_batch_size == 4
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(tiny_folder, tiny_rows, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tiny_folder / name).exists():
+            (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
+    with pytest.raises(DoesNotFitError, match=r"vram_gib = 0.001 is your own limit"):
+        nbqlora.finetune(model=str(tmp_path), data=tiny_rows, vram_gib=0.001, **OPTIONS)
+
+
+def test_unknown_target_modules_are_named_before_loading(tiny_folder, tiny_rows):
+    with pytest.raises(nbqlora.ConfigError, match=r"no linear named query_proj; it has q_proj, k_proj"):
+        nbqlora.plan(model=str(tiny_folder), data=tiny_rows, target_modules=["q_proj", "query_proj"], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./no-such-folder", r"no such folder: \./no-such-folder"),
+        ("EMPTY", r"is a folder without config.json"),
+    ],
+)
+def test_models_that_are_not_there(model, message, tiny_rows, tmp_path):
+    name = str(tmp_path) if model == "EMPTY" else model
+    with pytest.raises(ModelError, match=message):
+        nbqlora.plan(model=name, data=tiny_rows)
+
+
+def test_a_hub_id_without_a_network_says_so(tiny_rows, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"(config of|no model) nobody/nothing"):
+        nbqlora.plan(model="nobody/nothing", data=tiny_rows)
+
+
+def test_a_run_that_saved_nothing_says_so(finished):
+    import dataclasses
+
+    from nbqlora.run.result import Run
+
+    bare = dataclasses.replace(finished.report, adapter=None, status="failed")
+    run = Run(report=bare, config=finished.config, session=finished._session, reload=lambda p: None)
+    with pytest.raises(RunError, match="first saved no adapter"):
+        _ = run.adapter_dir
+
+
+def test_the_output_folder_defaults_to_the_runs_name(tiny_folder, tiny_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = nbqlora.finetune(name="mine", model=str(tiny_folder), data=tiny_rows, max_steps=1, **OPTIONS)
+    assert Path(run.report.adapter.path) == Path("runs/mine/adapter")
+    assert sorted(os.listdir("runs/mine")) == ["adapter", "run.json"]
