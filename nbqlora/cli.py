@@ -112,3 +112,7 @@ def _vram(parsed: argparse.Namespace) -> int:
 
     print(api.vram())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,11 +40,11 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_minutes(seconds: float) -> str:
-    """A forecast, coarse on purpose: ``under 1 min``, ``41 min``, ``3 h 20 min``."""
+    """A forecast, coarse on purpose: ``under 1 min``, ``about 41 min``, ``about 3 h 20 min``."""
     if seconds < 60:
         return "under 1 min"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return "about " + (f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min")
 
 
 def format_count(n: float) -> str:

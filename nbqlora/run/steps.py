@@ -208,7 +208,7 @@ class _Job:
         steps = [e for e in self._journal.events if isinstance(e, StepEvent)]
         if isinstance(event, StepEvent) and len(steps) == 1 and event.total_steps > 1:
             minutes = format_minutes(event.seconds * event.total_steps)
-            self._journal.note(f"the first step took {event.seconds:.1f} s: about {minutes} in all")
+            self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} in all")
 
     def _save(self) -> SavedAdapter | None:
         steps = [e for e in self._journal.events if isinstance(e, StepEvent)]

@@ -54,9 +54,7 @@ def plan_rows(plan: Plan) -> list[Row]:
 
 def _time(plan: Plan) -> str:
     steps = f"{plan.total_steps} steps"
-    return (
-        steps if plan.step_seconds is None else f"{steps}, about {format_minutes(plan.total_steps * plan.step_seconds)}"
-    )
+    return f"{steps}, {format_minutes(plan.total_steps * plan.step_seconds)}" if plan.step_seconds else steps
 
 
 def plan_text(plan: Plan) -> str:

@@ -1,0 +1,83 @@
+"""The shell commands, in process and as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nbqlora.cli import main
+
+BODY = 'model = "{model}"\ndata = "rows.jsonl"   # mine\nmax_steps = 2\nmax_length = 96\neffective_batch_size = 4\n'
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_folder, tiny_rows, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, tiny_rows)))
+    (tmp_path / "job.toml").write_text(BODY.format(model=tiny_folder))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_plan_says_what_would_be_done_and_writes_nothing(folder, capsys):
+    assert main(["plan", "job.toml"]) == 0
+    assert capsys.readouterr().out.startswith("plan  ")
+    assert not (folder / "runs").exists()
+
+
+def test_finetune_goes_the_whole_way(folder, capsys):
+    assert main(["finetune", "job.toml"]) == 0
+    said = capsys.readouterr().out
+    for part in ("[load]", "[train] 2 steps", "step 2/2", "[save]", "job: done in"):
+        assert part in said
+    assert (folder / "runs/job/adapter/adapter_model.safetensors").exists()
+
+
+def test_errors_are_short_and_end_with_status_1(folder, capsys):
+    (folder / "bad.toml").write_text('model = "demo"\nlora_rank = 3\n\ndata = rows\n')
+    assert main(["finetune", "bad.toml"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "ConfigError: 2 problems in bad.toml",
+        "  line 2  lora_rank  unknown key; did you mean lora_r?",
+        '  line 4  data       text needs quotes; write data = "rows"',
+    ]
+    assert main(["plan", "nowhere.toml"]) == 1
+    assert "nowhere.toml" in capsys.readouterr().err
+
+
+def test_a_notebook_object_makes_no_sense_in_a_file(folder, capsys):
+    (folder / "bad.toml").write_text('model = "demo"\ndata = "$rows"\n')
+    assert main(["plan", "bad.toml"]) == 1
+    assert "$rows names an object of a notebook, and there is none here" in capsys.readouterr().err
+
+
+def test_vram_is_one_line(capsys):
+    assert main(["vram"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_fetch_names_the_folder(capsys):
+    assert main(["demo", "--fetch"]) == 0
+    assert "the demo model is in " in capsys.readouterr().out
+
+
+def test_ctrl_c_finishes_the_step_and_saves(folder):
+    (folder / "long.toml").write_text((folder / "job.toml").read_text().replace("max_steps = 2", "max_steps = 100000"))
+    command = [sys.executable, "-u", "-m", "nbqlora.cli", "finetune", "long.toml"]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ.copy())
+    assert program.stdout is not None
+    for line in program.stdout:
+        if "step 5/" in line:
+            program.send_signal(signal.SIGINT)
+            break
+    begun = time.monotonic()
+    rest = program.stdout.read()
+    assert program.wait(timeout=60) == 0
+    assert time.monotonic() - begun < 30
+    assert "long: stopped (interrupted) in" in rest
+    assert (folder / "runs/long/adapter/adapter_model.safetensors").exists()
