@@ -122,3 +122,12 @@ class Comparison(Displayed):
 
     def __repr__(self) -> str:
         return f"Comparison({len(self.rows)} prompt{'s' if len(self.rows) != 1 else ''})"
+
+
+class Answer(str):
+    """A model's answer: text, which IPython shows with its line breaks instead of as a quoted literal."""
+
+    __slots__ = ()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))

@@ -46,6 +46,7 @@ def apply_policies(model: torch.nn.Module, policies: Sequence[LayerPolicy]) -> t
 
 
 def clear_policies(model: torch.nn.Module) -> None:
-    """Put back what :func:`apply_policies` set: every layer keeps everything."""
+    """Undo :func:`apply_policies`: every layer is its class's own again, and keeps everything."""
     for _, layer in decoder_layers(model):
-        layer.gradient_checkpointing = False
+        layer.__dict__.pop("gradient_checkpointing", None)
+        layer.__dict__.pop("_gradient_checkpointing_func", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ def _pad_id(loaded: LoadedModel) -> int:
 
 def _left_padded(texts: list[str], loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both ``[prompts, longest]``, padded on the left so that answers start together."""
-    encoded = [loaded.tokenizer(t, add_special_tokens=not loaded.tokenizer.chat_template)["input_ids"] for t in texts]
+    pad, special = _pad_id(loaded), not loaded.tokenizer.chat_template
+    encoded = [loaded.tokenizer(t, add_special_tokens=special)["input_ids"] or [pad] for t in texts]
     longest = max(map(len, encoded))
-    pad = _pad_id(loaded)
     ids = torch.tensor([[pad] * (longest - len(e)) + e for e in encoded], device=loaded.device)
     mask = torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=loaded.device)
     return ids, mask
@@ -96,7 +97,7 @@ def _greedy(loaded: LoadedModel, max_new_tokens: int) -> Any:
         do_sample=False,
         use_cache=True,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(e for e in ends if e is not None),
+        eos_token_id=sorted(e for e in ends if e is not None) or None,
         pad_token_id=_pad_id(loaded),
         bos_token_id=own.bos_token_id,
     )
@@ -110,31 +111,42 @@ def _packed_linears(model: torch.nn.Module) -> list[Any]:
 
 def unpacked_bytes(model: torch.nn.Module) -> int:
     """RAM that the unpacked weights would take."""
-    return sum(
-        m.weight.quant_state.shape.numel() * m.weight.quant_state.dtype.itemsize
-        for m in _packed_linears(model)
-        if m.weight.quant_state is not None
-    )
+    modules = [m for m in _packed_linears(model) if m.weight.quant_state is not None]
+    return sum(m.weight.quant_state.shape.numel() * _compute_dtype(m).itemsize for m in modules)
 
 
 @contextmanager
 def unpacked(model: torch.nn.Module) -> Iterator[None]:
-    """Within, every 4-bit linear multiplies with a weight that was dequantized once."""
-    from bitsandbytes.functional import dequantize_4bit
-
+    """Within, every 4-bit linear multiplies with a weight that was dequantized once, in its compute dtype."""
     modules = [m for m in _packed_linears(model) if m.weight.quant_state is not None]
+    former = [m.__dict__.get("forward") for m in modules]
     try:
         for module in modules:
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            module.forward = _plain_forward(weight, module.bias)
+            module.forward = _plain_forward(_dequantized(module), module.bias)
         yield
     finally:
-        for module in modules:
+        for module, own in zip(modules, former, strict=True):
             module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+def _compute_dtype(module: Any) -> torch.dtype:
+    return module.compute_dtype or module.weight.quant_state.dtype
+
+
+def _dequantized(module: Any) -> torch.Tensor:
+    """``[out_features, in_features]``; a checkpoint stored in 4 bits names the dtype that it was made in."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(module.weight.quant_state)
+    state.dtype = _compute_dtype(module)
+    return dequantize_4bit(module.weight.data, state)
 
 
 def _plain_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        offset = None if bias is None else bias.to(weight.dtype)
+        return linear(x.to(weight.dtype), weight, offset).to(x.dtype)
 
     return forward

@@ -9,8 +9,8 @@ Cost: one chunk of logits (``chunk * vocab * 10`` bytes in half precision: the p
 gradient) instead of all of them; the same arithmetic. TRL's fused loss does this only where Triton runs,
 and scores every position elsewhere: on two CPU cores that was 42 % of a step.
 
-Whether this is the same loss as the model's own is not assumed: :func:`choose_loss` compares both on a few
-tokens and leaves the model's own head in place where they differ.
+Whether this is the same loss as the model's own is not assumed: :func:`choose_loss` compares the logits of a
+few tokens and leaves the model's own head in place where they differ.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nbqlora.core.specs import HeadSpec
 
 IGNORED = -100
 PROBE_TOKENS = 12
+# Largest difference of the probe's logits, as a share of the largest logit.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 # model, batch -> (sum of the losses of the supervised tokens, their number), both 0-d tensors
@@ -35,10 +36,16 @@ def head_loss_reference(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, head: HeadSpec
 ) -> torch.Tensor:
     """The formula in one piece, for tests: hidden ``[n, d_model]``, targets ``[n]`` -> 0-d sum."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float() * (head.logit_factor / head.logit_divisor)
+    return torch.nn.functional.cross_entropy(_logits(hidden, weight, bias, head), targets, reduction="sum")
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: HeadSpec) -> torch.Tensor:
+    """``z``, ``[n, vocab]``, at least in fp32."""
+    product = torch.nn.functional.linear(hidden, weight, bias)
+    logits = product.to(torch.promote_types(product.dtype, torch.float32)) * (head.logit_factor / head.logit_divisor)
     if head.logit_softcap:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return logits
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -166,24 +173,52 @@ def choose_loss(
         autocast: the context of the run, entered for both.
         dtype: of the run, for the tolerance.
     """
-    output = _base(model).get_output_embeddings()
     path, old = "lm_head", "loss from all logits"
-    if not isinstance(getattr(output, "weight", None), torch.Tensor) or type(output) is not torch.nn.Linear:
-        because = f"the head is a {type(output).__name__}, not a plain linear"
+    because = _not_plain(_base(model).get_output_embeddings())
+    if because:
         return own_logits_loss, Replacement(path=path, old=old, new="", because=because)
-    if output.weight.requires_grad:
-        because = "the head is trained, and the chunked loss gives it no gradient"
-        return own_logits_loss, Replacement(path=path, old=old, new="", because=because)
-    chunked = chunked_loss(head, chunk_tokens)
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % output.weight.shape[0]
-    batch = {"input_ids": ids, "labels": ids}
     training = model.training
     model.eval()
-    with torch.no_grad(), autocast:
-        ours, own = (float(f(model, batch)[0]) / (PROBE_TOKENS - 1) for f in (chunked, own_logits_loss))
-    model.train(training)
-    if abs(ours - own) > PROBE_TOLERANCE[dtype] * max(1.0, abs(own)):
-        because = f"on a probe it gives {ours:.5f} where the model's own logits give {own:.5f}"
+    try:
+        with torch.no_grad(), autocast:
+            same, because = _probe(model, head, device, PROBE_TOLERANCE[dtype])
+    finally:
+        model.train(training)
+    if not same:
         return own_logits_loss, Replacement(path=path, old=old, new="", because=because)
-    because = f"same loss on a probe ({ours:.5f}); only {chunk_tokens} supervised tokens' logits exist at once"
-    return chunked, Replacement(path=path, old=old, new="chunked loss of supervised tokens", because=because)
+    because = f"{because}; only {chunk_tokens} supervised tokens' logits exist at once"
+    new = "chunked loss of supervised tokens"
+    return chunked_loss(head, chunk_tokens), Replacement(path=path, old=old, new=new, because=because)
+
+
+def _not_plain(output: Any) -> str:
+    """Why the chunked loss cannot use this head; ``""`` when it can."""
+    if type(output) is not torch.nn.Linear:
+        kind = type(output)
+        return f"the head is {kind.__module__.partition('.')[0]}'s {kind.__name__}, not torch's Linear"
+    return "the head is trained, and the chunked loss gives it no gradient" if output.weight.requires_grad else ""
+
+
+def _probe(model: Any, head: HeadSpec, device: torch.device, tolerance: float) -> tuple[bool, str]:
+    """Whether hidden states, head and ``HeadSpec`` give the model's own logits of a few tokens, and in words.
+
+    Logits, not losses: where they are small every loss is log(vocab), whatever was done to them.
+    """
+    base = _base(model)
+    output = base.get_output_embeddings()
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % output.weight.shape[0]
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None:
+        return False, f"a {type(base).__name__} does not give its hidden states"
+    ours = _logits(hidden[0].to(output.weight.dtype), output.weight, output.bias, head)
+    if ours.shape != own.shape:
+        return False, f"the head gives {ours.shape[-1]} logits and the model {own.shape[-1]}"
+    largest, apart = float(own.abs().max()), float((ours - own).abs().max())
+    if not apart <= tolerance * largest:
+        return (
+            False,
+            f"on a probe its logits differ from the model's own by {apart:.2g}, where the largest is {largest:.2g}",
+        )
+    loss = torch.nn.functional.cross_entropy(ours[:-1], ids[0, 1:])
+    return True, f"same logits on a probe (loss {float(loss):.5f})"

@@ -23,8 +23,9 @@ def register(shell: Any) -> None:
 
 
 def _parsed(magic: Any, line: str, name: str) -> Any:
+    """The line's flags; a comment behind them is legal, as it is in the body."""
     try:
-        return parse_argstring(magic, line)
+        return parse_argstring(magic, line.split("#", 1)[0])
     except UsageError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError([Problem(key=name, message=reason, hint=f"{name}? lists what it takes")], "line 1") from None

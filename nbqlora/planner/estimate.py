@@ -1,8 +1,7 @@
 """Bytes and seconds of one way to run: the arithmetic of a plan.
 
 Bytes are counted tensor by tensor for the path that runs (transformers' layers, PEFT's 4-bit LoRA,
-bitsandbytes, our head loss), not fitted to a measurement: ``layer_bytes`` names every tensor that autograd
-saves, and a test holds it against what autograd really saves.
+bitsandbytes, our head loss), not fitted to a measurement; what a layer saves is in ``layer``.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import MemoryBudget
 from nbqlora.core.specs import DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, MIB
+from nbqlora.planner.layer import Attention, attention_of, layer_bytes
 
 # NF4 with double quantization: half a byte, one uint8 scale a block of 64, one fp32 scale of 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -20,7 +20,7 @@ OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2}
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What the allocator cannot use because of its own granularity; the default reserve of a card.
 FRAGMENTATION_BYTES = GIB // 2
-# Logits of one chunk: the product, its fp32 copy and its gradient.
+# Logits of one chunk, with what is made of them.
 LOSS_CHUNK_BYTES = 256 * MIB
 # Stock layers on an H100: 8B 2x2048 took 435 ms where its matmuls need 156 ms at the card's rate, and a
 # step never fell below 7 ms a layer, the time the host needs to launch it (1B 4x512: 151 ms, 16 layers;
@@ -47,19 +47,6 @@ def adapter_params(model: ModelSpec, config: FinetuneConfig) -> int:
     return model.n_layers * sum(config.lora_r * sum(model.linear_shapes[n]) for n in names)
 
 
-def layer_bytes(model: ModelSpec, dtype_bytes: int, lora_r: int) -> int:
-    """Bytes a token that one decoder layer saves for its backward when it keeps everything.
-
-    ``d`` the width, ``a`` the attention's width (heads x head_dim), ``f`` the MLP's width, ``c`` bytes of
-    the training dtype: two norm inputs in fp32 (8d), two normed inputs (2dc), q and the expanded k and v
-    (3ac), the attention's output and its contiguous copy (2ac), gate, its activation, up and their product
-    (4fc), and the small products of seven adapters (7rc).
-    """
-    attention = model.n_heads * model.head_dim
-    wide = 2 * model.d_model + 5 * attention + 4 * model.d_ff + 7 * lora_r
-    return 8 * model.d_model + wide * dtype_bytes
-
-
 def weight_bytes(model: ModelSpec, dtype_bytes: int, load_in_4bit: bool) -> int:
     """The frozen base: linears in NF4, everything else (embeddings, head, norms) in the training dtype."""
     if not (load_in_4bit or model.quantized):
@@ -76,6 +63,8 @@ def budget(
     row_tokens: int,
     supervised_tokens: int,
     n_keep: int,
+    *,
+    ragged: bool = True,
 ) -> MemoryBudget:
     """Predicted bytes at the peak.
 
@@ -83,19 +72,21 @@ def budget(
         rows: rows in one micro-batch.
         row_tokens: tokens of its longest row; padding makes all rows as long.
         supervised_tokens: tokens of the micro-batch that the loss counts.
-        n_keep: layers that keep everything.
+        n_keep: layers that keep everything; they stand last, and are free again when the others are recomputed.
+        ragged: rows differ in length, so a batch of several is padded and masked.
     """
-    c = DTYPE_BYTES[dtype]
-    tokens = rows * row_tokens
-    kept = layer_bytes(model, c, config.lora_r) * tokens
+    c, tokens = DTYPE_BYTES[dtype], rows * row_tokens
+    how = attention_of(model, device, rows if ragged else 1, config.packing)
     n_adapter = adapter_params(model, config)
-    stored = n_keep * kept + (model.n_layers - n_keep) * model.d_model * c * tokens
-    stored += 4 * model.d_model * c * tokens  # embeddings, the last norm and its fp32 input
-    stored += rows * row_tokens * row_tokens * (1 + c)  # the attention mask and its copy in the dtype
+    kept = _kept_bytes(config, model, device, how, c, rows, row_tokens)
+    stored = _always_stored(config, model, how, c, rows, row_tokens)
+    stored += n_keep * kept + (model.n_layers - n_keep) * model.d_model * c * tokens
     stored += n_adapter * c if c == 2 else 0  # autocast's copies of the adapter
-    chunk = min(supervised_tokens, loss_chunk_tokens(model, c))
-    loss = chunk * model.vocab_size * (c + 4 + c) + supervised_tokens * model.d_model * 2 * c
-    working = (4 * model.d_ff * c + 8 * model.d_model) * tokens + (kept if n_keep < model.n_layers else 0)
+    chunk = min(supervised_tokens, loss_chunk_tokens(model))
+    loss = chunk * model.vocab_size * _logit_bytes(model) + supervised_tokens * model.d_model * 2 * c
+    working = _working_bytes(model, c, n_keep) * tokens + (0 if n_keep else kept)
+    if how is Attention.MATH:
+        working += 12 * model.n_heads * row_tokens**2  # three more tensors of scores in fp32
     widest = max((n * k for n, k in model.linear_shapes.values()), default=0)
     dequant = int(widest * (c + 4 / 64)) if config.load_in_4bit or model.quantized else 0
     in_loss = loss > working + dequant
@@ -108,26 +99,78 @@ def budget(
         m.ACTIVATIONS: stored + (0 if in_loss else working),
         m.LOSS: loss if in_loss else 0,
         m.DEQUANT: 0 if in_loss else dequant,
-        m.CONTEXT: device.context_bytes if device.kind == "cpu" else 0,
+        m.CONTEXT: device.context_bytes if device.kind == "cpu" else _workspace_bytes(device),
     }
     return MemoryBudget(by_category={k: v for k, v in parts.items() if v})
 
 
-def loss_chunk_tokens(model: ModelSpec, dtype_bytes: int) -> int:
-    """Supervised tokens whose logits exist at once: a power of two within 256 MiB, at least 64."""
-    fits = LOSS_CHUNK_BYTES // (model.vocab_size * (4 + 2 * dtype_bytes))
+def _workspace_bytes(device: DeviceSpec) -> int:
+    """Workspaces of cuBLAS, which torch allocates: one for the forward's thread, one for the backward's.
+
+    torch's defaults are 32 MiB each from capability 9.0, 8.1 below; 64.0 MiB were left on an H100 after a run.
+    """
+    return 2 * (32 * MIB if (device.capability or (0, 0)) >= (9, 0) else 4096 * 2 * 1024 + 16 * 8 * 1024)
+
+
+def _kept_bytes(
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, how: Attention, c: int, rows: int, row_tokens: int
+) -> int:
+    """What one layer that keeps everything holds for a micro-batch."""
+    per_token = layer_bytes(
+        model,
+        c,
+        config.lora_r,
+        row_tokens=rows * row_tokens if config.packing else row_tokens,
+        attention=how,
+        dropout=config.lora_dropout > 0,
+        on_cpu=device.kind == "cpu",
+    )
+    return per_token * rows * row_tokens
+
+
+def _always_stored(config: FinetuneConfig, model: ModelSpec, how: Attention, c: int, rows: int, row_tokens: int) -> int:
+    """What no policy changes: embeddings, the last norm with its fp32 input, and the mask (bool)."""
+    mask = (rows * row_tokens) ** 2 if config.packing else rows * row_tokens**2
+    return (2 * c + 4) * model.d_model * rows * row_tokens + (mask if how is Attention.MASKED else 0)
+
+
+def _working_bytes(model: ModelSpec, c: int, n_keep: int) -> int:
+    """Bytes a token that the backward needs beside what is stored: the larger of its first two moments.
+
+    The last norm: four tensors of the width in fp32; the last layer has not been recomputed yet, if it is.
+    The first MLP: the gradients of both factors of its product, when the last norm's tensors are free again.
+    """
+    product = max(0, 2 * model.d_ff * c - (4 + c) * model.d_model)
+    return max((16 if n_keep else 8) * model.d_model, product)
+
+
+def _logit_bytes(model: ModelSpec) -> int:
+    """Bytes of one logit at the loss's peak: in fp32, and its exponential; with a cap, its slope too."""
+    return 12 if model.head.logit_softcap else 8
+
+
+def loss_chunk_tokens(model: ModelSpec) -> int:
+    """Supervised tokens whose logits exist at once: a power of two within 256 MiB, from 64 to 4,096."""
+    fits = LOSS_CHUNK_BYTES // (model.vocab_size * _logit_bytes(model))
     return 1 << max(6, min(12, int(math.log2(max(1, fits)))))
 
 
 def seconds_per_step(
-    model: ModelSpec, device: DeviceSpec, mean_tokens: float, supervised_share: float, rows: int, accum: int, keep: int
+    model: ModelSpec, device: DeviceSpec, tokens: float, attended: float, supervised_share: float, accum: int, keep: int
 ) -> float | None:
-    """Forecast of one optimizer step: frozen weights need 4 operations a parameter and token, 6 recomputed."""
+    """Forecast of one optimizer step: frozen weights need 4 operations a parameter and token, 6 recomputed.
+
+    Args:
+        tokens: of one micro-batch.
+        attended: tokens that one row attends over.
+        supervised_share: share of the tokens that the loss counts.
+        accum: micro-batches in a step.
+        keep: layers that are not recomputed.
+    """
     if not device.matmul_flops:
         return None
-    tokens = rows * mean_tokens
     recomputed = 1 - keep / model.n_layers
-    attention = 4 * mean_tokens * model.n_heads * model.head_dim * model.n_layers
+    attention = 4 * attended * model.n_heads * model.head_dim * model.n_layers
     per_token = (2 * model.n_linear_params + attention) * (2 + recomputed)
     per_token += 4 * model.vocab_size * model.d_model * supervised_share
     compute = tokens * per_token / (device.matmul_flops * MATMUL_SHARE)

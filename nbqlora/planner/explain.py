@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nbqlora.core.config import DEFAULT_EFFECTIVE_BATCH_SIZE, FinetuneConfig
 from nbqlora.core.plan import Decision
 from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
-from nbqlora.core.units import format_bytes
+from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import FRAGMENTATION_BYTES
 
@@ -24,7 +24,7 @@ def decisions(
             because=_why_batch(config, ranked, best, limit),
         ),
         Decision(name="layers", value=_layers(best), because=_why_layers(config, ranked, best, limit)),
-        Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device)),
+        Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device, limit)),
     )
 
 
@@ -58,7 +58,8 @@ def _why_batch(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candid
     nearest = min(larger, key=lambda x: (x.micro_batch_size, x.budget.total_bytes))
     rows = _rows(nearest.micro_batch_size, config)
     if nearest.budget.total_bytes > limit:
-        return f"{rows} would need {format_bytes(nearest.budget.total_bytes)} even with all layers recomputed"
+        recomputed = " even with all layers recomputed" if nearest.n_keep == 0 else ""
+        return f"{rows} would need {format_bytes(nearest.budget.total_bytes)}{recomputed}"
     fitting = [x for x in larger if x.micro_batch_size == nearest.micro_batch_size and x.budget.total_bytes <= limit]
     quickest = min(fitting, key=lambda x: (x.step_seconds or 0.0, x.n_layers - x.n_keep))
     return f"{rows} would {_slower(quickest, best)}"
@@ -83,9 +84,10 @@ def _why_layers(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candi
     return f"one more layer kept would be {over} over"
 
 
-def _why_limit(config: FinetuneConfig, device: DeviceSpec) -> str:
+def _why_limit(config: FinetuneConfig, device: DeviceSpec, limit: int) -> str:
     if config.vram_gib is not None:
-        return "pinned by vram_gib"
+        cut = limit < int(config.vram_gib * GIB)
+        return f"all that is free; vram_gib = {config.vram_gib:g} is more" if cut else "pinned by vram_gib"
     if device.kind == "cpu":
         return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve"
     context = f"context {format_bytes(device.context_bytes)}, " if device.context_bytes else ""
@@ -120,28 +122,3 @@ def unknowns(model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
     if len(set(model.linear_shapes)) == 0:
         found.append("this model's layers: their linears were not found")
     return tuple(found)
-
-
-def does_not_fit(
-    least: Candidate, limit: int, config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, *, shorter: int
-) -> str:
-    """What was needed, what there is, and the smallest change that fits."""
-    need, parts = least.budget.total_bytes, least.budget.by_category
-    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    lines = [
-        f"{model.name} needs {format_bytes(need)} and {device.name} has {format_bytes(limit)} usable",
-        "  most of it: " + ", ".join(f"{c.label} {format_bytes(n)}" for c, n in largest),
-    ]
-    pinned = config.gradient_checkpointing not in ("auto", "full", True)
-    if shorter:
-        lines.append(f"  it fits with max_length = {shorter} and all layers recomputed")
-    elif pinned:
-        lines.append('  gradient_checkpointing = "auto" would keep less')
-    else:
-        fixed = need - sum(n for c, n in parts.items() if c.value in ("activations", "loss", "dequant"))
-        lines.append(
-            f"  no max_length fits: {format_bytes(fixed)} are needed before the first token; a smaller model does"
-        )
-    if config.vram_gib is not None:
-        lines.append(f"  vram_gib = {config.vram_gib:g} is your own limit")
-    return "\n".join(lines)

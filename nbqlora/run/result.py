@@ -10,7 +10,7 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import RunError
 from nbqlora.core.events import Event
 from nbqlora.core.plan import Plan
-from nbqlora.core.report import Comparison, Report, Status
+from nbqlora.core.report import Answer, Comparison, Report, Status
 from nbqlora.engine.generate import generate
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.memory.host import read_host
@@ -62,7 +62,7 @@ class Run:
             raise RunError(f"{self.name} saved no adapter: it {self.status} before its first step")
         return Path(self.report.adapter.path)
 
-    def chat(self, text: str, *, max_new_tokens: int = 128) -> str:
+    def chat(self, text: str, *, max_new_tokens: int = 128) -> Answer:
         """The tuned model's answer to one user turn, greedy.
 
         Args:
@@ -73,7 +73,7 @@ class Run:
             RunError: no adapter was saved.
         """
         answers = generate(self._loaded(), [text], max_new_tokens=max_new_tokens, free_ram_bytes=read_host().free_bytes)
-        return answers[0]
+        return Answer(answers[0])
 
     def compare(self, prompts: str | Sequence[str], *, max_new_tokens: int = 128) -> Comparison:
         """The base model's and the tuned model's answers to the same prompts, greedy.

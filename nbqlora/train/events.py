@@ -44,6 +44,7 @@ class EventCallback(TrainerCallback):
         self._emit, self._meter, self._stop, self._peak, self._clock = emit, meter, stop, peak, clock
         self._mark = perf_counter()
         self._seconds = 0.0
+        self._ending = ""
         self.step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -56,10 +57,11 @@ class EventCallback(TrainerCallback):
         now = perf_counter()
         self._seconds, self._mark = now - self._mark, now
         self.step = state.global_step
+        control.should_log = True  # every step is an event, whatever logging_steps says
         reason = self._stop.reason
         if reason and state.global_step < state.max_steps:
             control.should_training_stop = True
-            self._emit(StoppedEvent(step=state.global_step, reason=reason, elapsed_seconds=self._clock()))
+            self._ending = reason
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """A step's figures; Trainer's last log, which holds no loss, is passed over."""
@@ -79,6 +81,9 @@ class EventCallback(TrainerCallback):
                 elapsed_seconds=self._clock(),
             )
         )
+        if self._ending:
+            self._emit(StoppedEvent(step=state.global_step, reason=self._ending, elapsed_seconds=self._clock()))
+            self._ending = ""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stopped run saves at once, without the evaluation that the end of an epoch would bring."""

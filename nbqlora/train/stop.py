@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -62,4 +63,6 @@ class Stop:
             raise KeyboardInterrupt
         self._reason = INTERRUPTED
         if self._on_request is not None:
-            self._on_request()
+            # Python refuses a print within a print, and this may come within one.
+            with suppress(RuntimeError):
+                self._on_request()

@@ -7,7 +7,6 @@ GradScaler starts at 2**16 by default, which throws away the first steps of a ru
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from nbqlora.core.config import FinetuneConfig
-from nbqlora.core.errors import NonFiniteLossError
+from nbqlora.core.errors import ConfigError, NonFiniteLossError, Problem
 from nbqlora.core.plan import Plan
 from nbqlora.engine.head import LossFunction
 from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.train.batch import count_tokens, documents
 from nbqlora.train.events import StepMeter
 
 INITIAL_LOSS_SCALE = 2.0**10
@@ -31,7 +31,11 @@ FindRows = Callable[[list[list[int]]], tuple[int, ...]]
 
 
 def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFTConfig:
-    """The SFTConfig of a run: the plan's numbers, the user's settings, and nothing that saves or prints."""
+    """The SFTConfig of a run: the plan's numbers, the user's settings, and nothing that saves or prints.
+
+    Raises:
+        ConfigError: TRL refuses a value of the table ``trl``.
+    """
     on_cpu = plan.device.kind == "cpu"
     settings: dict[str, Any] = {
         "output_dir": plan.output_dir,
@@ -66,7 +70,17 @@ def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFT
         "disable_tqdm": True,
         "report_to": config.report_to if isinstance(config.report_to, str) else list(config.report_to),
     }
-    return SFTConfig(**{**settings, **config.trl})
+    try:
+        arguments = SFTConfig(**{**settings, **config.trl})
+    except (ValueError, TypeError) as error:
+        raise _refused("trl", str(error).splitlines()[0]) from None
+    if not has_eval and arguments.eval_strategy != "no":
+        raise _refused("trl.eval_strategy", "there is nothing to evaluate on; give eval_data")
+    return arguments
+
+
+def _refused(key: str, message: str) -> ConfigError:
+    return ConfigError([Problem(key=key, message=message)])
 
 
 @dataclass(kw_only=True)
@@ -161,18 +175,24 @@ class QLoraTrainer(SFTTrainer):
         batches, self._micro_batches = self._micro_batches, []
         losses = torch.stack([b.loss for b in batches])
         self._meter.loss = float(losses.sum())
-        self._meter.n_tokens = sum(_n_tokens(b.inputs) for b in batches)
+        self._meter.n_tokens = sum(count_tokens(b.inputs) for b in batches)
         scaled = self.accelerator.scaler is not None
         if math.isfinite(self._meter.loss) and (scaled or self._gradients_are_finite()):
             return
         bad = [b for b, loss in zip(batches, losses.tolist(), strict=True) if not math.isfinite(loss)] or batches
-        rows = self._find_rows([d for b in bad for d in _documents(b.inputs)])
-        what = "loss" if not math.isfinite(self._meter.loss) else "gradient"
-        raise NonFiniteLossError(
-            f"the {what} of step {self.state.global_step + 1} is not finite, on the data's rows "
-            f"{', '.join(map(str, rows)) or '(not found)'}; the adapter of step {self.state.global_step} was kept\n"
-            "  look at these rows; if they are fine, a smaller learning_rate helps"
-        )
+        rows = self._find_rows([ids.tolist() for b in bad for ids in self._failing_documents(b.inputs)])
+        raise NonFiniteLossError(_not_finite(math.isfinite(self._meter.loss), self.state.global_step, rows))
+
+    def _failing_documents(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """Token ids of the documents whose own loss is not finite; of all when each alone is fine."""
+        found = documents(inputs)
+        with torch.no_grad(), autocast(self._loaded):
+            losses = [
+                self._loss(self._loaded.model, {"input_ids": ids[None], "labels": labels[None]})[0]
+                for ids, labels in found
+            ]
+        bad = [ids for (ids, _), loss in zip(found, losses, strict=True) if not math.isfinite(float(loss))]
+        return bad or [ids for ids, _ in found]
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -181,14 +201,32 @@ class QLoraTrainer(SFTTrainer):
     def release(self) -> None:
         """Undo what the trainer hung on the model, and let go of optimizer and data."""
         self.accelerator.free_memory()
-        self.optimizer = self.lr_scheduler = None
+        for holder in (self, self.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self._micro_batches, self._eval_sums = [], []
+        _forget_in_bitsandbytes(self.model)
         for module, own in self._own_forwards.items():
             module.__dict__.pop("forward", None)
             if own is not None:
                 module.forward = own
-            module.__dict__.pop("_original_forward", None)
+            for left in ("_original_forward", "_is_accelerate_prepared"):
+                module.__dict__.pop(left, None)
         self.model.zero_grad(set_to_none=True)
+
+
+def _forget_in_bitsandbytes(model: torch.nn.Module) -> None:
+    """Let bitsandbytes' process-wide optimizer registry drop this model's embeddings.
+
+    Trainer registers every embedding there for 8-bit optimizers, and nothing takes it out again: a 1B model
+    left its 501 MiB embedding on the card after the run.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    registry = GlobalOptimManager.get_instance()
+    own = set(model.modules())
+    triples = registry.module_weight_config_triple
+    registry.module_weight_config_triple = [t for t in triples if t[0] not in own]
 
 
 class _FiniteCallback(TrainerCallback):
@@ -207,17 +245,10 @@ def _instance_forwards(model: Any) -> dict[Any, Any]:
     return {m: m.__dict__.get("forward") for m in (model, model.get_base_model())}
 
 
-def _n_tokens(inputs: dict[str, Any]) -> int:
-    mask = inputs.get("attention_mask")
-    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
-
-
-def _documents(inputs: dict[str, Any]) -> list[list[int]]:
-    """Token ids of each document of a batch, padding and pack boundaries taken away."""
-    ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
-    if mask is not None:
-        return [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
-    if positions is None:
-        return [row.tolist() for row in ids]
-    starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-    return [ids[0, a:b].tolist() for a, b in itertools.pairwise(starts)]
+def _not_finite(loss_is_finite: bool, last_step: int, rows: Sequence[int]) -> str:
+    what, where = "gradient" if loss_is_finite else "loss", ", ".join(map(str, rows)) or "(not found)"
+    kept = f"the adapter of step {last_step} was kept" if last_step else "no step was taken before it"
+    return (
+        f"the {what} of step {last_step + 1} is not finite, on the data's rows {where}; {kept}\n"
+        "  look at these rows; if they are fine, a smaller learning_rate helps"
+    )

@@ -33,9 +33,12 @@ def run_figure(report: Report) -> ShownFigure:
     loss.legend(frameon=False)
     memory.plot(steps, [gib(e.peak_bytes) for e in report.steps], color="#31865A", label="peak so far")
     memory.axhline(gib(report.predicted_peak_bytes), linestyle="--", color="#7C4293", label="plan")
-    memory.axhline(gib(report.plan.usable_bytes), linestyle=":", color="#6F6F6F", label="usable")
-    memory.set(title="Memory", xlabel="step", ylabel="GiB", ylim=(0, None))
-    memory.legend(frameon=False)
+    highest = max(report.measured_peak_bytes, report.predicted_peak_bytes)
+    if report.plan.usable_bytes < 3 * highest:  # a limit far above would flatten everything else
+        memory.axhline(gib(report.plan.usable_bytes), linestyle=":", color="#6F6F6F", label="usable")
+    memory.set(title="Memory", xlabel="step", ylabel="GiB", ylim=(0, 1.25 * max(memory.get_ylim())))
+    memory.legend(frameon=False, loc="lower right")
     for axes in (loss, memory):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

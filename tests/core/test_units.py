@@ -34,7 +34,8 @@ def test_seconds(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "under 1 min"), (59.9, "under 1 min"), (60, "about 1 min"), (41 * 60, "about 41 min"), (89.4 * 60, "about 89 min"),
+        (0, "under 1 min"), (59.9, "under 1 min"), (60, "about 1 min"), (41 * 60, "about 41 min"),
+        (89.4 * 60, "about 89 min"),
         (89.6 * 60, "about 1 h 30 min"), (119.9 * 60, "about 2 h 00 min"), (200 * 60, "about 3 h 20 min"),
     ],
 )  # fmt: skip

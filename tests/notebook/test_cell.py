@@ -92,7 +92,7 @@ def test_a_cell_trains_binds_a_run_and_shows_plan_report_and_figure(shell, tiny_
 
 
 def test_vram_is_one_line_and_a_bar(shell):
-    result, _, (shown,) = run(shell, "%vram")
+    result, _, (shown,) = run(shell, "%vram            # what memory there is")
     assert result.error_in_exec is None
     assert len(shown.data["text/plain"].splitlines()) == 1
     assert 'role="img"' in shown.data["text/html"]
@@ -115,3 +115,12 @@ print(took < 0.3, sorted(heavy), took)
 
 def test_the_magics_document_themselves(shell):
     assert "--plan" in shell.find_cell_magic("finetune").__doc__
+
+
+def test_an_answer_is_shown_with_its_line_breaks(shell):
+    from nbqlora.core.report import Answer
+
+    shell.user_ns["answer"] = Answer("In short: x\nBecause: y")
+    _, text, _ = run(shell, "answer")
+    assert "In short: x\nBecause: y" in text
+    assert isinstance(shell.user_ns["answer"], str)

@@ -1,0 +1,26 @@
+"""What is in a batch that TRL's collator made: its tokens, and its documents without padding and pack boundaries."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+
+def count_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens that go through the model, padding left out."""
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+
+def documents(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels of each document, ``[seq]`` each."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None:
+        return [(a[m.bool()], b[m.bool()]) for a, b, m in zip(ids, labels, mask, strict=True)]
+    if positions is None:
+        return list(zip(ids, labels, strict=True))
+    starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+    return [(ids[0, a:b], labels[0, a:b]) for a, b in itertools.pairwise(starts)]

@@ -1,0 +1,100 @@
+"""What is said when nothing fits, to the letter: what was needed, what there is, the smallest change that fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nbqlora.core.errors import DoesNotFitError
+from tests.planner.shapes import cpu, plan
+
+
+def message(model: str, device: Any, **changes: Any) -> str:
+    with pytest.raises(DoesNotFitError) as caught:
+        plan(model, device, **changes)
+    return str(caught.value)
+
+
+def test_too_long() -> None:
+    assert message("8B", "laptop", tokens=8192) == (
+        "8B needs 10.1 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
+        "  most of it: weights 5.3 GiB, activations 4.0 GiB, optimizer 0.31 GiB\n"
+        "  it fits with max_length = 1984 and all layers recomputed"
+    )
+    assert plan("8B", "laptop", tokens=1984).micro_batch_size == 1
+    assert message("8B", "laptop", tokens=2100).endswith("it fits with max_length = 1984 and all layers recomputed")
+
+
+def test_too_large() -> None:
+    assert message("70B", "T4") == (
+        "70B needs 43.5 GiB and Tesla T4 has 13.8 GiB usable\n"
+        "  most of it: weights 36.8 GiB, activations 3.2 GiB, optimizer 1.5 GiB\n"
+        "  no max_length fits: 39.9 GiB are needed before the first token; a smaller model does"
+    )
+
+
+def test_ones_own_limit() -> None:
+    assert message("8B", "H100", vram_gib=6) == (
+        "8B needs 6.6 GiB and H100 has 6.0 GiB usable\n"
+        "  most of it: weights 5.3 GiB, activations 0.57 GiB, optimizer 0.31 GiB\n"
+        "  no max_length fits: 6.0 GiB are needed before the first token; a smaller model does\n"
+        "  vram_gib = 6 is your own limit"
+    )
+    assert "your own limit" not in message("70B", "T4", vram_gib=80)
+
+
+def test_on_a_cpu_the_process_is_part_of_what_is_needed() -> None:
+    assert message("1B", cpu(2)) == (
+        "1B needs 2.5 GiB and 2 CPU cores has 1.5 GiB usable\n"
+        "  most of it: weights 1.4 GiB, context 0.50 GiB, activations 0.37 GiB\n"
+        "  no max_length fits: 2.1 GiB are needed before the first token; a smaller model does"
+    )
+
+
+AUTO, BATCH = {"gradient_checkpointing": "auto"}, "per_device_train_batch_size"
+UNPIN = {
+    "layers": (
+        {"tokens": 4096, "gradient_checkpointing": "none"},
+        'write gradient_checkpointing = "auto"',
+        AUTO,
+    ),
+    "batch": ({BATCH: 64}, f"leave out {BATCH}", {BATCH: None}),
+    "accumulation": (
+        {"effective_batch_size": 64, "gradient_accumulation_steps": 1},
+        "leave out gradient_accumulation_steps",
+        {"gradient_accumulation_steps": None},
+    ),
+    "both of a batch": (
+        {BATCH: 64, "gradient_accumulation_steps": 1},
+        f"write effective_batch_size = 64 for {BATCH} and gradient_accumulation_steps",
+        {"effective_batch_size": 64, BATCH: None, "gradient_accumulation_steps": None},
+    ),
+    "layers and batch": (
+        {"tokens": 2048, "gradient_checkpointing": {"keep": 20}, BATCH: 16},
+        f'write gradient_checkpointing = "auto" and leave out {BATCH}',
+        {**AUTO, BATCH: None},
+    ),
+    "16 bits": ({"load_in_4bit": False, "gradient_checkpointing": "full"}, "write load_in_4bit = true", {}),
+}
+
+
+@pytest.mark.parametrize("changes,advice,followed", UNPIN.values(), ids=UNPIN)
+def test_what_is_pinned_is_named_first_and_the_advice_holds(
+    changes: dict[str, Any], advice: str, followed: dict[str, Any]
+) -> None:
+    assert message("8B", "T4", **changes).splitlines()[2] == f"  it fits when you {advice}"
+    plan("8B", "T4", **{**changes, **followed, "load_in_4bit": True})
+
+
+def test_a_pinned_batch_that_is_too_long_as_well() -> None:
+    assert message("8B", "H100", tokens=1048576, per_device_train_batch_size=2).splitlines()[2] == (
+        "  it fits with max_length = 152832, one row at a time, and all layers recomputed"
+    )
+    assert plan("8B", "H100", tokens=152832).layer_policies
+
+
+def test_an_advised_length_is_the_longest() -> None:
+    plan("8B", "laptop", tokens=1984)
+    with pytest.raises(DoesNotFitError):
+        plan("8B", "laptop", tokens=1984 + 64)

@@ -1,0 +1,21 @@
+"""One thread and a small heap: tiny runs spend their time on neither arithmetic nor the collector."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick() -> Iterator[None]:
+    """Threads wait for each other on a busy machine; each run collects four times, 0.3 s over all that is imported."""
+    import nbqlora.train.trainer  # noqa: F401
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
