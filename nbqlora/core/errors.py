@@ -109,5 +109,9 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
     """The loss became NaN or infinite; the message names the rows of the batch."""
 
 
+class InterruptedRunError(NbqloraError, KeyboardInterrupt):
+    """The run was interrupted where it could not end normally: while loading, or twice while training."""
+
+
 class RunError(NbqloraError, RuntimeError):
     """A ``Run`` was asked for something that it cannot do in its state."""

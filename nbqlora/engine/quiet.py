@@ -18,7 +18,11 @@ KNOWN_WARNINGS = (
 )
 # bitsandbytes looks for a prebuilt CPU kernel on the hub and says so when it finds none. TRL doubts packing
 # without flash attention; with SDPA the mask is made from the position ids, and the loss is the same (tests).
-KNOWN_LOGS = ("Failed to load CPU gemm_4bit_forward", "Padding-free training is enabled, but the attention")
+KNOWN_LOGS = (
+    "Failed to load CPU gemm_4bit_forward",
+    "Padding-free training is enabled, but the attention",
+    "You are using a per_device_train_batch_size of 1 with padding-free training",
+)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ transformers knows, not a formula for each family.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def locate(name: str) -> str:
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no such folder: {name}")
+    if "/" not in name and get_close_matches(name.lower(), ["demo"], cutoff=0.7):
+        raise ModelError(f'there is no model {name}; did you mean "demo"?')
     return name
 
 
@@ -147,5 +150,5 @@ def _reason(name: str, error: Exception, what: str) -> str:
     if "not a valid model identifier" in text or status == 404:
         return f"the hub has no model {name}; check the spelling (owner/name), or log in if it is private"
     if isinstance(error, OSError):
-        return f"cannot read the {what} of {name}: {first}; {OFFLINE_HINT}"
+        return f"cannot read the {what} of {name}: {first.rstrip('.')}; {OFFLINE_HINT}"
     return f"cannot read the {what} of {name}: {first}"

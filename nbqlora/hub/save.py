@@ -41,6 +41,7 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path, base_name: str) -
     try:
         model.save_pretrained(temporary, save_embedding_layers=False)
         tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_card(model, base_name), encoding="utf-8")
         files = sorted((f for f in temporary.rglob("*") if f.is_file()), key=lambda f: f.name == WEIGHTS)
         n_bytes = sum(f.stat().st_size for f in files)
         digest = hashlib.sha256((temporary / WEIGHTS).read_bytes()).hexdigest()
@@ -54,6 +55,27 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path, base_name: str) -
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return SavedAdapter(path=str(folder), n_bytes=n_bytes, sha256=digest)
+
+
+def _card(model: Any, base_name: str) -> str:
+    """The adapter's page: what it is and how to load it, in place of PEFT's form with the base's local path."""
+    config = next(iter(model.peft_config.values()))
+    base = config.base_model_name_or_path
+    known = f"base_model: {base}\n" if not Path(base).exists() and base.count("/") == 1 else ""
+    return f"""---
+{known}library_name: peft
+tags: [lora, qlora, nbqlora]
+---
+A LoRA adapter (rank {config.r}, alpha {config.lora_alpha:g}) for {base_name if base_name != "demo" else base}, trained
+with nbqlora.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
+```
+"""
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:

@@ -81,8 +81,9 @@ class LiveView:
             display(figure, raw=True)
 
     def fail(self) -> None:
-        """Leave the last state standing above the error."""
-        if not self._static:
+        """Leave the last state standing above the error, marked as failed; nothing where nothing was begun."""
+        self._progress.phase = "failed"
+        if self._handle is not None:
             self._draw()
 
     def _clear(self) -> None:

@@ -6,6 +6,8 @@ exist is a real error: IPython's ``UsageError`` would let test runners pass the 
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import os
 from typing import Any
 
@@ -32,10 +34,17 @@ def _parsed(magic: Any, line: str, name: str) -> Any:
 
 
 def _check_name(name: str) -> str:
-    if not name.isidentifier():
+    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(builtins, name):
         message = f"{name!r} cannot be a variable's name"
         raise ConfigError([Problem(key="%%finetune", message=message, hint="write %%finetune run1")], "line 1")
     return name
+
+
+def _check_not_data(name: str, request: CellRequest) -> None:
+    """The run must not take the place of the rows that it is made from."""
+    if f"${name}" in request.mapping:
+        message = f"{name} is an object that this cell reads, and the run would replace it"
+        raise ConfigError([Problem(key="%%finetune", message=message, hint="give the run another name")], "line 1")
 
 
 @magics_class
@@ -43,7 +52,7 @@ class NbqloraMagics(Magics):
     """The magics of nbqlora."""
 
     @magic_arguments()
-    @argument("name", nargs="?", default="run", help="the variable that the Run is bound to, and its folder in runs/")
+    @argument("name", nargs="?", default="run1", help="the variable that the Run is bound to, and its folder in runs/")
     @argument("--plan", action="store_true", help="say what would be done and why; nothing is loaded")
     @argument("--static", action="store_true", help="no live output: the plan, then the result")
     @argument("--traceback", action="store_true", help="show an error's whole traceback")
@@ -54,6 +63,7 @@ class NbqloraMagics(Magics):
         try:
             name = _check_name(parsed.name)
             request = parse_toml(cell, first_line=2, source="this cell", namespace=self.shell.user_ns)
+            _check_not_data(name, request)
             self.shell.user_ns[name] = _plan(request, name) if parsed.plan else _run(request, name, parsed.static)
         except NbqloraError as error:
             error.show_traceback = parsed.traceback

@@ -20,6 +20,8 @@ from nbqlora.planner.advice import does_not_fit
 from nbqlora.planner.estimate import FRAGMENTATION_BYTES, adapter_params, choose_dtype, loss_chunk_tokens
 from nbqlora.planner.search import candidates
 
+Notes = tuple[str, ...]
+
 
 def usable_bytes(config: FinetuneConfig, device: DeviceSpec) -> int:
     """What the run may allocate: ``vram_gib`` of what is free, or all that is free less a reserve.
@@ -40,18 +42,11 @@ def total_steps(config: FinetuneConfig, n_sequences: int, rows: int, accumulatio
 
 
 def make_plan(
-    config: FinetuneConfig,
-    model: ModelSpec,
-    device: DeviceSpec,
-    data: DataStats,
-    *,
-    output_dir: str,
-    notes: tuple[str, ...] = (),
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, *, output_dir: str, notes: Notes = ()
 ) -> Plan:
     """Decide everything; nothing is loaded or allocated.
 
     Args:
-        output_dir: where the run writes.
         notes: what the caller knows and the plan should say.
 
     Raises:
@@ -64,6 +59,7 @@ def make_plan(
     best = next((x for x in ranked if x.budget.total_bytes <= limit), None)
     if best is None:
         raise DoesNotFitError(does_not_fit(config, model, device, data, dtype, limit))
+    steps = total_steps(config, data.n_sequences, best.micro_batch_size, best.accumulation)
     return Plan(
         model=model,
         device=device,
@@ -75,13 +71,13 @@ def make_plan(
         max_length=config.max_length,
         layer_policies=best.policies,
         loss_chunk_tokens=loss_chunk_tokens(model),
-        total_steps=total_steps(config, data.n_sequences, best.micro_batch_size, best.accumulation),
+        total_steps=steps,
         step_seconds=best.step_seconds,
         usable_bytes=limit,
         budget=best.budget,
         output_dir=output_dir,
         disk_bytes=adapter_params(model, config) * 4,
         decisions=explain.decisions(config, device, dtype, ranked, best, limit),
-        notes=(*notes, *explain.notes(config, model, device, data, dtype)),
+        notes=(*notes, *explain.notes(config, model, device, data, dtype, steps)),
         unknowns=explain.unknowns(model, device),
     )

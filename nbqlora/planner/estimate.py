@@ -63,15 +63,12 @@ def budget(
     row_tokens: int,
     supervised_tokens: int,
     n_keep: int,
-    *,
     ragged: bool = True,
 ) -> MemoryBudget:
     """Predicted bytes at the peak.
 
     Args:
-        rows: rows in one micro-batch.
-        row_tokens: tokens of its longest row; padding makes all rows as long.
-        supervised_tokens: tokens of the micro-batch that the loss counts.
+        row_tokens: tokens of the longest of the ``rows``; padding makes all as long.
         n_keep: layers that keep everything; they stand last, and are free again when the others are recomputed.
         ragged: rows differ in length, so a batch of several is padded and masked.
     """
@@ -79,16 +76,11 @@ def budget(
     how = attention_of(model, device, rows if ragged else 1, config.packing)
     n_adapter = adapter_params(model, config)
     kept = _kept_bytes(config, model, device, how, c, rows, row_tokens)
-    stored = _always_stored(config, model, how, c, rows, row_tokens)
-    stored += n_keep * kept + (model.n_layers - n_keep) * model.d_model * c * tokens
-    stored += n_adapter * c if c == 2 else 0  # autocast's copies of the adapter
-    chunk = min(supervised_tokens, loss_chunk_tokens(model))
-    loss = chunk * model.vocab_size * _logit_bytes(model) + supervised_tokens * model.d_model * 2 * c
-    working = _working_bytes(model, c, n_keep) * tokens + (0 if n_keep else kept)
-    if how is Attention.MATH:
-        working += 12 * model.n_heads * row_tokens**2  # three more tensors of scores in fp32
-    widest = max((n * k for n, k in model.linear_shapes.values()), default=0)
-    dequant = int(widest * (c + 4 / 64)) if config.load_in_4bit or model.quantized else 0
+    stored = n_keep * kept + (model.n_layers - n_keep) * model.d_model * c * tokens
+    stored += _always_stored(config, model, how, c, rows, row_tokens)
+    loss = _loss_bytes(model, c, supervised_tokens)
+    working = _working_bytes(model, how, c, row_tokens, n_keep) * tokens + (0 if n_keep else kept)
+    dequant = _dequant_bytes(config, model, c)
     in_loss = loss > working + dequant
     m = MemoryCategory
     parts = {
@@ -102,6 +94,19 @@ def budget(
         m.CONTEXT: device.context_bytes if device.kind == "cpu" else _workspace_bytes(device),
     }
     return MemoryBudget(by_category={k: v for k, v in parts.items() if v})
+
+
+def _loss_bytes(model: ModelSpec, c: int, supervised_tokens: int) -> int:
+    """One chunk of logits, and the hidden states that the loss counts with their gradient."""
+    chunk = min(supervised_tokens, loss_chunk_tokens(model))
+    return chunk * model.vocab_size * _logit_bytes(model) + supervised_tokens * model.d_model * 2 * c
+
+
+def _dequant_bytes(config: FinetuneConfig, model: ModelSpec, c: int) -> int:
+    """The widest linear, dequantized, with its scales in fp32."""
+    if not (config.load_in_4bit or model.quantized):
+        return 0
+    return int(max((n * k for n, k in model.linear_shapes.values()), default=0) * (c + 4 / 64))
 
 
 def _workspace_bytes(device: DeviceSpec) -> int:
@@ -129,19 +134,22 @@ def _kept_bytes(
 
 
 def _always_stored(config: FinetuneConfig, model: ModelSpec, how: Attention, c: int, rows: int, row_tokens: int) -> int:
-    """What no policy changes: embeddings, the last norm with its fp32 input, and the mask (bool)."""
+    """What no policy changes: embeddings, the last norm and its fp32 input, autocast's adapter, the mask (bool)."""
+    stored = (2 * c + 4) * model.d_model * rows * row_tokens + (adapter_params(model, config) * c if c == 2 else 0)
     mask = (rows * row_tokens) ** 2 if config.packing else rows * row_tokens**2
-    return (2 * c + 4) * model.d_model * rows * row_tokens + (mask if how is Attention.MASKED else 0)
+    return stored + (mask if how is Attention.MASKED else 0)
 
 
-def _working_bytes(model: ModelSpec, c: int, n_keep: int) -> int:
+def _working_bytes(model: ModelSpec, how: Attention, c: int, row_tokens: int, n_keep: int) -> int:
     """Bytes a token that the backward needs beside what is stored: the larger of its first two moments.
 
     The last norm: four tensors of the width in fp32; the last layer has not been recomputed yet, if it is.
     The first MLP: the gradients of both factors of its product, when the last norm's tensors are free again.
+    Scores that SDPA writes out: three more tensors of them in fp32.
     """
     product = max(0, 2 * model.d_ff * c - (4 + c) * model.d_model)
-    return max((16 if n_keep else 8) * model.d_model, product)
+    scores = 12 * model.n_heads * row_tokens if how is Attention.MATH else 0
+    return max((16 if n_keep else 8) * model.d_model, product) + scores
 
 
 def _logit_bytes(model: ModelSpec) -> int:

@@ -94,9 +94,19 @@ def _why_limit(config: FinetuneConfig, device: DeviceSpec, limit: int) -> str:
     return f"{context}reserve {format_bytes(FRAGMENTATION_BYTES)} for fragmentation"
 
 
-def notes(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> list[str]:
+# Fewer optimizer steps than this rarely teach anything.
+FEW_STEPS = 4
+
+
+def notes(
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, steps: int
+) -> list[str]:
     """What a person should know before it starts."""
     found = list(device.notes)
+    if steps < FEW_STEPS and config.max_steps < 0:
+        what = f"{steps} optimizer step{'s' if steps > 1 else ''} for {data.n_sequences}"
+        kind = "packs" if config.packing else "rows"
+        found.append(f"only {what} {kind}; a smaller effective_batch_size learns more often")
     if data.n_truncated:
         found.append(f"{data.n_truncated} of {data.n_rows} rows are cut at max_length = {config.max_length}")
     found += [f"{n} rows left out: {reason}" for reason, n in data.n_skipped.items()]
@@ -116,7 +126,9 @@ def notes(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: Da
 
 def unknowns(model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
     """What the plan does not know, said rather than guessed."""
-    found = ["the time: a forecast from one matrix product and published step times, corrected after the first step"]
+    found = []
+    if device.kind == "cpu":
+        found.append("what the C library keeps of freed memory: the process can hold more than the peak says")
     if device.kind == "cuda":
         found.append("which attention kernel runs: counted as one that keeps expanded keys and values")
     if len(set(model.linear_shapes)) == 0:

@@ -22,9 +22,11 @@ class Attention(Enum):
 
 
 def attention_of(model: ModelSpec, device: DeviceSpec, rows: int, packing: bool) -> Attention:
-    """Rows that are padded or packed get a mask. A single row gets none, and keys that are not expanded: below
-    capability 8.0 no kernel takes those but the one that writes the scores out.
-    """  # fmt: skip
+    """Rows that are padded or packed get a mask.
+
+    A single row gets none, and keys that are not expanded: below capability 8.0 no kernel takes those but the
+    one that writes the scores out.
+    """
     if packing or rows > 1:
         return Attention.MASKED
     old = device.kind == "cuda" and (device.capability or (8, 0)) < (8, 0)

@@ -17,6 +17,7 @@ from nbqlora.data.encode import EncodedData, encode
 from nbqlora.data.rows import DEMO, read_rows
 from nbqlora.hub.demo_model import DEMO_NAME, demo_model
 from nbqlora.hub.inspect import locate, read_spec, read_tokenizer
+from nbqlora.hub.save import ADAPTER_FOLDER, WEIGHTS
 from nbqlora.memory.device import device_spec
 from nbqlora.run.places import default_output_dir, ephemeral_note
 
@@ -57,7 +58,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     tokenizer = read_tokenizer(location, trust_remote_code=config.trust_remote_code)
     train = _encoded(config, config.data, "train", tokenizer, config.packing)
     eval_source = config.eval_data
-    if eval_source is None and config.data == DEMO:
+    if eval_source is None and isinstance(config.data, str) and config.data == DEMO:
         eval_source = DEMO
     evaluation = None if eval_source is None else _encoded(config, eval_source, "eval", tokenizer, config.packing)
     if evaluation is not None:
@@ -66,7 +67,9 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     if not torch.cuda.is_available():
         # On a CPU the process itself counts, with all libraries that the run will import.
         import nbqlora.train.trainer  # noqa: F401
-    note = ephemeral_note(output_dir.absolute(), os.environ)
+    notes = [ephemeral_note(output_dir.absolute(), os.environ)]
+    if (output_dir / ADAPTER_FOLDER / WEIGHTS).exists():
+        notes.append(f"{output_dir} holds the adapter of an earlier run, which this one replaces")
     return Look(
         location=location,
         spec=spec,
@@ -75,7 +78,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         evaluation=evaluation,
         device=device or device_spec(str(output_dir)),
         output_dir=output_dir,
-        notes=(note,) if note else (),
+        notes=tuple(n for n in notes if n),
     )
 
 

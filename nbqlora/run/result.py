@@ -34,6 +34,7 @@ class Run:
         self.config = config
         self._session = session
         self._reload = reload
+        self._folder = Path.cwd()
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class Run:
         """The adapter's folder, in PEFT's format. Raises :class:`RunError` when none was saved."""
         if self.report.adapter is None:
             raise RunError(f"{self.name} saved no adapter: it {self.status} before its first step")
-        return Path(self.report.adapter.path)
+        return self._folder / self.report.adapter.path
 
     def chat(self, text: str, *, max_new_tokens: int = 128) -> Answer:
         """The tuned model's answer to one user turn, greedy.

@@ -7,7 +7,9 @@ IPython keeps the last traceback in several places, and with it every local of e
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import traceback
 import weakref
 from types import TracebackType
@@ -41,8 +43,11 @@ def free_all() -> None:
 
 
 def collect() -> None:
-    """Collect cycles, then hand cached blocks back to the card."""
+    """Collect cycles, then hand cached blocks back to the card, and free pages to the system where libc can."""
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

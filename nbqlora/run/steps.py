@@ -17,7 +17,7 @@ import torch
 
 from nbqlora import planner
 from nbqlora.core.config import FinetuneConfig, validate
-from nbqlora.core.errors import DoesNotFitError, NbqloraError, NonFiniteLossError
+from nbqlora.core.errors import DoesNotFitError, InterruptedRunError, NbqloraError, NonFiniteLossError
 from nbqlora.core.events import (
     Event,
     NoteEvent,
@@ -90,6 +90,9 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
     except NbqloraError as error:
         clear_frames(error.__traceback__)
         failure = error.with_traceback(None)
+    except KeyboardInterrupt as error:
+        clear_frames(error.__traceback__)
+        failure = InterruptedRunError("interrupted before training began; nothing was saved")
     except BaseException as error:
         clear_frames(error.__traceback__)
         session.free()
@@ -158,6 +161,11 @@ class _Job:
         except NonFiniteLossError:
             self._finish("failed", self._save())
             raise
+        except KeyboardInterrupt:
+            saved = self._save()
+            self._finish("failed", saved, "interrupted twice")
+            kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
+            raise InterruptedRunError(f"interrupted in the middle of a step; {kept}") from None
         stopped = [e for e in self._journal.events if isinstance(e, StoppedEvent)]
         report = self._finish("stopped" if stopped else "done", self._save(), stopped[0].reason if stopped else "")
         reload = partial(load_adapter, self._config, self._plan, self._seen.location, self._seen.tokenizer)
@@ -193,6 +201,8 @@ class _Job:
             find_rows=self._seen.train.find_rows,
             callbacks=[events],
         )
+        if evaluation is not None:
+            self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
         try:
             peak.start()
             with stop:
@@ -208,7 +218,7 @@ class _Job:
         steps = [e for e in self._journal.events if isinstance(e, StepEvent)]
         if isinstance(event, StepEvent) and len(steps) == 1 and event.total_steps > 1:
             minutes = format_minutes(event.seconds * event.total_steps)
-            self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} in all")
+            self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
 
     def _save(self) -> SavedAdapter | None:
         steps = [e for e in self._journal.events if isinstance(e, StepEvent)]

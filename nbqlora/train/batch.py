@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """What is needed to name the rows of a batch whose loss is not finite."""
+
+    inputs: dict[str, Any]
+    loss: torch.Tensor
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +20,31 @@ from nbqlora.core.errors import ConfigError, NonFiniteLossError, Problem
 from nbqlora.core.plan import Plan
 from nbqlora.engine.head import LossFunction
 from nbqlora.engine.loaded import LoadedModel, autocast
-from nbqlora.train.batch import count_tokens, documents
+from nbqlora.train.batch import MicroBatch, count_tokens, documents
 from nbqlora.train.events import StepMeter
 
 INITIAL_LOSS_SCALE = 2.0**10
 
 # documents' token ids -> numbers of the rows they came from
 FindRows = Callable[[list[list[int]]], tuple[int, ...]]
+
+
+# Each layer's own policy decides, the data comes ready, and saving and showing are ours.
+OURS = {
+    "gradient_checkpointing": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "max_length": None,
+    "packing": False,
+    "save_strategy": "no",
+    "prediction_loss_only": True,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
+}
+SAME_NAME = (
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+    "seed",
+)  # fmt: skip
 
 
 def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFTConfig:
@@ -38,36 +55,20 @@ def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFT
     """
     on_cpu = plan.device.kind == "cpu"
     settings: dict[str, Any] = {
+        **OURS,
+        **{name: getattr(config, name) for name in SAME_NAME},
         "output_dir": plan.output_dir,
         "per_device_train_batch_size": plan.micro_batch_size,
         "per_device_eval_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
         "warmup_steps": config.warmup_ratio,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
-        "seed": config.seed,
         "bf16": plan.dtype == "bf16",
         "fp16": plan.dtype == "fp16",
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        # Each layer's own policy decides, the data comes ready, and saving is ours.
-        "gradient_checkpointing": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "packing": False,
         "padding_free": config.packing,
-        "save_strategy": "no",
         "eval_strategy": "epoch" if has_eval else "no",
         "eval_on_start": has_eval,
-        "prediction_loss_only": True,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
         "report_to": config.report_to if isinstance(config.report_to, str) else list(config.report_to),
     }
     try:
@@ -81,14 +82,6 @@ def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFT
 
 def _refused(key: str, message: str) -> ConfigError:
     return ConfigError([Problem(key=key, message=message)])
-
-
-@dataclass(kw_only=True)
-class _MicroBatch:
-    """What is needed to name the rows of a batch whose loss is not finite."""
-
-    inputs: dict[str, Any]
-    loss: torch.Tensor
 
 
 class QLoraTrainer(SFTTrainer):
@@ -114,7 +107,7 @@ class QLoraTrainer(SFTTrainer):
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self._loaded, self._loss, self._meter, self._find_rows = loaded, loss, meter, find_rows
-        self._micro_batches: list[_MicroBatch] = []
+        self._micro_batches: list[MicroBatch] = []
         self._eval_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._own_forwards = _instance_forwards(loaded.model)
         exact = {name: p.data for name, p in loaded.model.named_parameters() if p.requires_grad}
@@ -149,7 +142,7 @@ class QLoraTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, remembered until the step is known to be finite."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batches.append(_MicroBatch(inputs=inputs, loss=loss))
+        self._micro_batches.append(MicroBatch(inputs=inputs, loss=loss))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

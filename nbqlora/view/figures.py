@@ -29,7 +29,7 @@ def run_figure(report: Report) -> ShownFigure:
         loss.plot(
             [e.step for e in report.evals], [e.loss for e in report.evals], "s--", color="#E88543", label="evaluation"
         )
-    loss.set(title="Loss a learned token", xlabel="step", ylabel="loss")
+    loss.set(title="Loss per learned token", xlabel="step", ylabel="loss")
     loss.legend(frameon=False)
     memory.plot(steps, [gib(e.peak_bytes) for e in report.steps], color="#31865A", label="peak so far")
     memory.axhline(gib(report.predicted_peak_bytes), linestyle="--", color="#7C4293", label="plan")

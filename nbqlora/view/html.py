@@ -7,6 +7,7 @@ from html import escape
 
 from nbqlora.core.plan import Plan
 from nbqlora.core.report import Comparison, Report
+from nbqlora.core.units import format_bytes
 from nbqlora.view import text
 from nbqlora.view.memory import bar_html
 
@@ -18,7 +19,8 @@ def plan_html(plan: Plan) -> str:
     parts = [(c.label, n) for c, n in sorted(plan.budget.by_category.items(), key=lambda item: -item[1])]
     bar = bar_html(parts, plan.usable_bytes)
     rows = [r for r in text.plan_rows(plan) if r[0] != "peak"]
-    peak = f'<p style="margin:4px 0">Predicted peak of memory, of what is usable:</p>{bar}'
+    words = f"peak {format_bytes(plan.predicted_peak_bytes)} predicted, of {format_bytes(plan.usable_bytes)} usable"
+    peak = f'<p style="margin:4px 0">{words}</p>{bar}'
     return _block(text.plan_title(plan), peak + rows_html(rows))
 
 

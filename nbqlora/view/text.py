@@ -53,7 +53,7 @@ def plan_rows(plan: Plan) -> list[Row]:
 
 
 def _time(plan: Plan) -> str:
-    steps = f"{plan.total_steps} steps"
+    steps = f"{plan.total_steps} step{'s' if plan.total_steps != 1 else ''}"
     return f"{steps}, {format_minutes(plan.total_steps * plan.step_seconds)}" if plan.step_seconds else steps
 
 
@@ -88,7 +88,8 @@ def report_rows(report: Report) -> list[Row]:
         rows.append(("steps", of, f"loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f}"))
     if evals:
         count = report.plan.data.n_eval_rows
-        rows.append(("eval", f"{count} rows", f"loss {evals[0].loss:.3f} -> {evals[-1].loss:.3f}"))
+        later = f" -> {evals[-1].loss:.3f}" if len(evals) > 1 else ", before the first step"
+        rows.append(("eval", f"{count} rows", f"loss {evals[0].loss:.3f}{later}"))
     if report.tokens_per_second:
         seconds = sum(e.seconds for e in steps)
         rows.append(("speed", f"{report.tokens_per_second:,.0f} tokens/s", f"{format_seconds(seconds)} of training"))

@@ -52,6 +52,8 @@ def test_all_problems_of_a_cell_with_the_lines_of_the_editor(shell):
         ("%%finetune run1\n\n", "1 problem in this cell\n  it is empty"),
         ("%%finetune run1 --plann\nmodel='demo'\n", "in line 1\n  %%finetune  unrecognized arguments: --plann"),
         ("%%finetune run-1\nmodel='demo'\n", "'run-1' cannot be a variable's name; write %%finetune run1"),
+        ("%%finetune class\nmodel='demo'\n", "'class' cannot be a variable's name"),
+        ("%%finetune print\nmodel='demo'\n", "'print' cannot be a variable's name"),
         ("%vram --whoo", "1 problem in line 1\n  %vram  unrecognized arguments: --whoo"),
     ],
 )
@@ -124,3 +126,11 @@ def test_an_answer_is_shown_with_its_line_breaks(shell):
     _, text, _ = run(shell, "answer")
     assert "In short: x\nBecause: y" in text
     assert isinstance(shell.user_ns["answer"], str)
+
+
+def test_a_run_cannot_take_the_place_of_its_rows(shell, tiny_rows):
+    shell.user_ns["rows"] = tiny_rows
+    result, text, _ = run(shell, "%%finetune rows\nmodel = 'demo'\ndata = '$rows'\n")
+    assert isinstance(result.error_in_exec, ConfigError)
+    assert "rows is an object that this cell reads, and the run would replace it" in text
+    assert shell.user_ns["rows"] is tiny_rows

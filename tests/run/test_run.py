@@ -183,3 +183,44 @@ def test_the_output_folder_defaults_to_the_runs_name(tiny_folder, tiny_rows, tmp
     run = nbqlora.finetune(name="mine", model=str(tiny_folder), data=tiny_rows, max_steps=1, **OPTIONS)
     assert Path(run.report.adapter.path) == Path("runs/mine/adapter")
     assert sorted(os.listdir("runs/mine")) == ["adapter", "run.json"]
+    again = nbqlora.plan(name="mine", model=str(tiny_folder), data=tiny_rows, **OPTIONS)
+    assert "runs/mine holds the adapter of an earlier run, which this one replaces" in again.notes
+    monkeypatch.chdir("/")
+    run.free()
+    assert run.chat("sun", max_new_tokens=2) is not None, "the folder was forgotten when the notebook moved"
+
+
+def test_a_data_frame_is_data(tiny_folder, tiny_rows):
+    import pandas
+
+    plan = nbqlora.plan(model=str(tiny_folder), data=pandas.DataFrame(tiny_rows), **OPTIONS)
+    assert plan.data.n_rows == 12
+
+
+def test_few_steps_are_said(tiny_folder, tiny_rows):
+    plan = nbqlora.plan(model=str(tiny_folder), data=tiny_rows, effective_batch_size=12)
+    assert "only 1 optimizer step for 12 rows; a smaller effective_batch_size learns more often" in plan.notes
+
+
+def test_a_misspelt_demo_is_not_looked_for_on_the_hub(tiny_rows):
+    with pytest.raises(ModelError, match='there is no model demoo; did you mean "demo"'):
+        nbqlora.plan(model="demoo", data=tiny_rows)
+
+
+def test_the_adapters_page_names_no_folder_of_this_machine(finished, tiny_folder):
+    page = (finished.adapter_dir / "README.md").read_text()
+    assert "A LoRA adapter (rank 4" in page
+    assert "base_model" not in page
+
+
+def test_an_interrupt_while_loading_is_short_and_frees_the_memory(tiny_folder, tiny_rows, tmp_path, monkeypatch):
+    from nbqlora.core.errors import InterruptedRunError
+    from nbqlora.core.events import PhaseEvent as Phase
+
+    def interrupt(event):
+        if isinstance(event, Phase) and event.phase == "load":
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="interrupted before training began; nothing was saved") as caught:
+        nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, output_dir=str(tmp_path), observe=interrupt, **OPTIONS)
+    assert isinstance(caught.value, KeyboardInterrupt)
