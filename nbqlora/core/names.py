@@ -29,6 +29,7 @@ REFUSED_TRL = {
     "activation_offloading": "gradient_checkpointing at the top level decides it per layer",
     "auto_find_batch_size": "the plan picks the batch before anything is loaded",
     "bf16": "write dtype", "fp16": "write dtype", "use_cpu": "the device is found by itself",
+    "dataloader_drop_last": "rows would be left out in silence",
     "do_train": "a run always trains", "do_eval": "give eval_data",
     "load_best_model_at_end": "the adapter of the last step is saved",
     "logging_nan_inf_filter": "a loss that is not finite is always an error",

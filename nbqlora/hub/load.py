@@ -100,27 +100,30 @@ def _nf4(dtype: torch.dtype) -> Any:
 
 
 def _set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """A checkpoint stored in 4 bits carries the compute dtype of the card it was made on."""
-    from bitsandbytes.nn import Linear4bit
+    """A checkpoint stored in 4 bits carries the dtypes of the card it was made on: set this run's."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _with_adapters(model: Any, config: FinetuneConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        **config.peft,
-    )
     try:
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            **config.peft,
+        )
         return get_peft_model(model, lora)
     except (ValueError, ImportError, TypeError) as error:
         raise ModelError(f"LoRA cannot be put on this model: {str(error).splitlines()[0]}") from error

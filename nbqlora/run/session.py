@@ -12,7 +12,6 @@ import gc
 import sys
 import traceback
 import weakref
-from types import TracebackType
 
 import torch
 
@@ -52,6 +51,12 @@ def collect() -> None:
         torch.cuda.empty_cache()
 
 
-def clear_frames(trace: TracebackType | None) -> None:
-    """Drop the locals of frames that an error left behind: they would keep the model alive."""
-    traceback.clear_frames(trace)
+def clear_frames(error: BaseException) -> None:
+    """Drop the locals of the frames that an error, and what led to it, left behind: they keep the model alive."""
+    chain, seen = [error], set[int]()
+    while chain:
+        one = chain.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            chain += [e for e in (one.__cause__, one.__context__) if e is not None]

@@ -85,16 +85,16 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
         with quiet_libraries(progress_bars=True):
             return _Job(config, seen, plan, name, session, journal).do()
     except torch.OutOfMemoryError as error:
-        clear_frames(error.__traceback__)
+        clear_frames(error)
         failure = DoesNotFitError(_out_of_memory(plan, error))
     except NbqloraError as error:
-        clear_frames(error.__traceback__)
+        clear_frames(error)
         failure = error.with_traceback(None)
     except KeyboardInterrupt as error:
-        clear_frames(error.__traceback__)
+        clear_frames(error)
         failure = InterruptedRunError("interrupted before training began; nothing was saved")
     except BaseException as error:
-        clear_frames(error.__traceback__)
+        clear_frames(error)
         session.free()
         raise
     session.free()

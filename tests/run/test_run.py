@@ -224,3 +224,23 @@ def test_an_interrupt_while_loading_is_short_and_frees_the_memory(tiny_folder, t
     with pytest.raises(InterruptedRunError, match="interrupted before training began; nothing was saved") as caught:
         nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, output_dir=str(tmp_path), observe=interrupt, **OPTIONS)
     assert isinstance(caught.value, KeyboardInterrupt)
+
+
+def test_a_checkpoint_stored_in_4_bits_takes_this_runs_dtype(tiny_folder, tiny_rows, tmp_path):
+    from tests.tiny import load_nf4, make_tokenizer
+
+    stored = tmp_path / "nf4"
+    load_nf4(tiny_folder, dtype=torch.bfloat16).save_pretrained(stored)
+    make_tokenizer().save_pretrained(stored)
+    run = nbqlora.finetune(
+        model=str(stored), data=tiny_rows, output_dir=str(tmp_path / "out"), dtype="fp32", max_steps=3, **OPTIONS
+    )
+    model = run._session.loaded.model
+    assert run.plan.model.quantized
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    assert run.report.steps[-1].loss < run.report.steps[0].loss
+
+
+def test_a_wrong_peft_setting_is_a_short_error(tiny_folder, tiny_rows):
+    with pytest.raises(ModelError, match="LoRA cannot be put on this model"):
+        nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, peft={"layers_to_transform": [99]}, **OPTIONS)

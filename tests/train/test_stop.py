@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -85,7 +86,10 @@ def test_a_second_interrupt_raises(model: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(model, ROWS, tmp_path, max_steps=9, observe=observe)
     assert [e.step for e in observe.events if isinstance(e, StepEvent)] == [1, 2]
-    assert not (tmp_path / "adapter").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+    # What is kept is the last whole step.
+    two, name = finetune(model, ROWS, tmp_path / "two", max_steps=2), "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / name).read_bytes() == (two.adapter_dir / name).read_bytes()
 
 
 def test_an_interrupt_in_the_last_step_changes_nothing(model: Path, tmp_path: Path) -> None:
