@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from importlib import metadata
-from time import perf_counter
 
 import torch
 
@@ -20,9 +19,7 @@ from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.errors import DoesNotFitError, InterruptedRunError, NbqloraError, NonFiniteLossError
 from nbqlora.core.events import (
     Event,
-    NoteEvent,
     Observer,
-    PhaseEvent,
     PlannedEvent,
     SavedEvent,
     StepEvent,
@@ -34,13 +31,14 @@ from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import format_bytes, format_minutes
 from nbqlora.core.version import __version__
-from nbqlora.engine.checkpoint import apply_policies
+from nbqlora.engine.checkpoint import apply_policies, clear_policies
 from nbqlora.engine.head import choose_loss
 from nbqlora.engine.loaded import LoadedModel, autocast
 from nbqlora.engine.quiet import quiet_libraries
 from nbqlora.hub.load import load, load_adapter
 from nbqlora.hub.save import save_adapter, save_json
 from nbqlora.memory.peak import PeakMeter
+from nbqlora.run.journal import Journal
 from nbqlora.run.look import Look, look
 from nbqlora.run.result import Run
 from nbqlora.run.session import Session, clear_frames, collect, free_all
@@ -72,7 +70,7 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
         NbqloraError: whatever else stops it, with the memory of the run given back.
     """
     free_all()
-    journal = _Journal(observe)
+    journal = Journal(observe)
     config = validate(request, table_fields=table_fields)
     journal.phase("look")
     with quiet_libraries(progress_bars=True):
@@ -118,33 +116,11 @@ def _plan(config: FinetuneConfig, seen: Look) -> Plan:
     )
 
 
-class _Journal:
-    """Collects the events, numbers their time, and passes them on."""
-
-    def __init__(self, observe: Observer | None) -> None:
-        self._observe, self._begun = observe, perf_counter()
-        self.events: list[Event] = []
-
-    def clock(self) -> float:
-        return perf_counter() - self._begun
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if self._observe is not None:
-            self._observe(event)
-
-    def phase(self, phase: str, detail: str = "") -> None:
-        self.emit(PhaseEvent(phase=phase, detail=detail, elapsed_seconds=self.clock()))
-
-    def note(self, text: str) -> None:
-        self.emit(NoteEvent(text=text, elapsed_seconds=self.clock()))
-
-
 class _Job:
     """Steps 5 to 9 on one plan."""
 
     def __init__(
-        self, config: FinetuneConfig, seen: Look, plan: Plan, name: str, session: Session, journal: _Journal
+        self, config: FinetuneConfig, seen: Look, plan: Plan, name: str, session: Session, journal: Journal
     ) -> None:
         self._config, self._seen, self._plan, self._name = config, seen, plan, name
         self._session, self._journal = session, journal
@@ -211,17 +187,17 @@ class _Job:
             peak.stop()
             self._peak_bytes = peak.read()
             trainer.release()
+            clear_policies(loaded.model)
             collect()
 
     def _step(self, event: Event) -> None:
         self._journal.emit(event)
-        steps = [e for e in self._journal.events if isinstance(e, StepEvent)]
-        if isinstance(event, StepEvent) and len(steps) == 1 and event.total_steps > 1:
+        if isinstance(event, StepEvent) and len(self._journal.steps()) == 1 and event.total_steps > 1:
             minutes = format_minutes(event.seconds * event.total_steps)
             self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
 
     def _save(self) -> SavedAdapter | None:
-        steps = [e for e in self._journal.events if isinstance(e, StepEvent)]
+        steps = self._journal.steps()
         if not steps:
             return None
         self._journal.phase("save")
@@ -240,7 +216,7 @@ class _Job:
             status=status,
             reason=reason,
             events=tuple(self._journal.events),
-            tokens_per_second=_tokens_per_second(self._journal.events),
+            tokens_per_second=self._journal.tokens_per_second(),
             measured_peak_bytes=self._peak_bytes,
             seconds=self._journal.clock(),
             adapter=saved,
@@ -249,13 +225,6 @@ class _Job:
         )
         save_json({"config": self._config.as_dict(), **report.as_dict()}, self._seen.output_dir / "run.json")
         return report
-
-
-def _tokens_per_second(events: list[Event]) -> float | None:
-    steps = [e for e in events if isinstance(e, StepEvent)]
-    counted = steps[1:] or steps
-    seconds = sum(e.seconds for e in counted)
-    return sum(e.n_tokens for e in counted) / seconds if seconds else None
 
 
 def _out_of_memory(plan: Plan, error: Exception) -> str:
