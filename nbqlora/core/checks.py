@@ -45,6 +45,12 @@ def boolean(value: Any) -> str:
     return "" if isinstance(value, bool) else f"expected true or false, got {_shown(value)}"
 
 
+def auto_or_boolean(value: Any) -> str:
+    """``auto``, true or false."""
+    fine = isinstance(value, bool) or value == "auto"
+    return "" if fine else f'expected "auto", true or false, got {_shown(value)}'
+
+
 def one_of(*names: str) -> Check:
     """One of ``names``."""
 

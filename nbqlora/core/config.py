@@ -36,6 +36,11 @@ class FinetuneConfig:
         effective_batch_size: rows, or packs, per optimizer step; the plan splits it into device batch and
             accumulation.
         max_minutes: stop, save and end after this long; None for no limit.
+        save_minutes: write a checkpoint this often, 0 for only at a stop and at the end.
+        packing: ``"auto"``: packs of whole rows where a probe shows that documents stay apart, else padding;
+            True: packs, or an error; False: rows as they are, laid end to end.
+        padding_free: False pads rows to the longest of their micro-batch; None and True lay them end to end.
+        chat_template_path: a Jinja file, or ``"plain"``, for a tokenizer that has no chat template.
         gradient_checkpointing: ``"auto"`` (the plan's mix), ``"none"``/False, ``"full"``/True, or a table
             ``{keep = 22, recompute = 10}`` of layers.
         trl, peft: further fields of SFTConfig and LoraConfig.
@@ -50,12 +55,15 @@ class FinetuneConfig:
     trust_remote_code: bool = _leaf(c.boolean, False)
     vram_gib: float | None = _leaf(c.optional(c.number(above=0)), None)
     max_minutes: float | None = _leaf(c.optional(c.number(above=0)), None)
+    save_minutes: float = _leaf(c.number(at_least=0), 5.0)
     effective_batch_size: int | None = _leaf(c.optional(c.integer(at_least=1)), None)
     per_device_train_batch_size: int | None = _leaf(c.optional(c.integer(at_least=1)), None)
     gradient_accumulation_steps: int | None = _leaf(c.optional(c.integer(at_least=1)), None)
     gradient_checkpointing: Any = _leaf(c.layer_policies, "auto")
     max_length: int = _leaf(c.integer(at_least=8), 1024)
-    packing: bool = _leaf(c.boolean, False)
+    packing: bool | str = _leaf(c.auto_or_boolean, "auto")
+    padding_free: bool | None = _leaf(c.optional(c.boolean), None)
+    chat_template_path: str | None = _leaf(c.optional(c.text), None)
     assistant_only_loss: bool = _leaf(c.boolean, True)
     num_train_epochs: float = _leaf(c.number(above=0), 1.0)
     max_steps: int = _leaf(c.steps, -1)
@@ -84,6 +92,7 @@ class FinetuneConfig:
                 problems.append(Problem(key=f.name, message=message))
         wrong = {p.key for p in problems}
         problems += [] if wrong & {*BATCH_OPTIONS} else _batch_problems(self)
+        problems += [] if wrong & {"packing", "padding_free"} else _layout_problems(self)
         if problems:
             raise ConfigError(problems)
 
@@ -116,6 +125,13 @@ def _batch_problems(config: FinetuneConfig) -> list[Problem]:
     parts = (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation))
     wrong = [(name, part) for name, part in parts if part and effective % part]
     return [Problem(key=name, message=f"{part} does not divide {effective}", hint=asked) for name, part in wrong]
+
+
+def _layout_problems(config: FinetuneConfig) -> list[Problem]:
+    if config.packing is not True or config.padding_free is not False:
+        return []
+    message = "packs are laid end to end, so there is nothing to pad"
+    return [Problem(key="padding_free", message=message, hint="leave it out, or write packing = false")]
 
 
 def validate(request: CellRequest, *, table_fields: Callable[[str], frozenset[str]]) -> FinetuneConfig:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nbqlora.core.data_report import DataReport
 from nbqlora.core.plain import plain
 from nbqlora.core.plan import Plan
 
@@ -27,6 +28,17 @@ class PhaseEvent(Event):
 
     phase: str
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataEvent(Event):
+    """The data was read and counted; nothing was planned yet."""
+
+    report: DataReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts only; the rows' text is not copied."""
+        return {"kind": type(self).__name__, "elapsed_seconds": self.elapsed_seconds, "report": self.report.as_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)

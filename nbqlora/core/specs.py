@@ -18,6 +18,19 @@ class LayerPolicy(Enum):
     RECOMPUTE = "recompute"
 
 
+class BatchLayout(Enum):
+    """How the rows of a micro-batch lie beside each other.
+
+    PACKED: rows are best-fitted into packs of ``max_length``, and the packs of a micro-batch laid end to end.
+    JOINED: the rows of a micro-batch are laid end to end, without padding. PADDED: one below the other, each
+    filled up to the longest.
+    """
+
+    PACKED = "packed"
+    JOINED = "joined"
+    PADDED = "padded"
+
+
 class MemoryCategory(Enum):
     """Who holds the memory: the words that every plan, bar and report uses."""
 
@@ -140,6 +153,10 @@ class DataStats:
         percentiles: row length in tokens at 5, 25, 50, 75 and 95 %.
         n_truncated: rows cut at ``max_length``.
         n_skipped: rows left out, by reason.
+        format: what the rows were found to be ("messages", "Alpaca: instruction, input, output").
+        layout: how the rows of a micro-batch lie.
+        layout_because: why, with what the probe measured.
+        fingerprint: of all token ids and labels in order; "" when not known.
     """
 
     n_rows: int
@@ -152,6 +169,10 @@ class DataStats:
     n_skipped: Mapping[str, int] = field(default_factory=dict)
     n_eval_rows: int = 0
     source: str = ""
+    format: str = ""
+    layout: BatchLayout = BatchLayout.PADDED
+    layout_because: str = ""
+    fingerprint: str = ""
 
     @property
     def mean_tokens(self) -> float:

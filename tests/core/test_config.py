@@ -65,7 +65,10 @@ LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         ],
     ),
     "max_length": ([8, 4096], [(7, "expected a whole number of at least 8, got 7")]),
-    "packing": ([True, False], [("bfd", 'expected true or false, got "bfd"')]),
+    "packing": ([True, False, "auto"], [("bfd", 'expected "auto", true or false, got "bfd"')]),
+    "padding_free": ([None, True, False], [("yes", 'expected true or false, got "yes"')]),
+    "chat_template_path": ([None, "plain"], [("", 'expected text, got ""')]),
+    "save_minutes": ([0, 0.5, 60], [(-1, "expected a number of at least 0, got -1")]),
     "assistant_only_loss": ([True, False], [(None, "expected true or false, got None")]),
     "num_train_epochs": ([1, 0.5, 3], [(0, "expected a number above 0, got 0")]),
     "max_steps": (
@@ -179,7 +182,7 @@ def test_what_is_required_is_asked_for() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     config = make()
-    assert (config.max_length, config.lora_r, config.packing, config.optim) == (1024, 16, False, "adamw_torch_fused")
+    assert (config.max_length, config.lora_r, config.packing, config.optim) == (1024, 16, "auto", "adamw_torch_fused")
     assert config.effective_batch_size is None
     assert config.trl == {} == config.peft
 

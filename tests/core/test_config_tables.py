@@ -81,9 +81,7 @@ def test_a_refused_key_gets_its_reason(table: str, key: str, reason: str) -> Non
 
 
 def test_secrets_and_silent_switches_are_refused() -> None:
-    assert {"hub_token", "push_to_hub", "padding_free", "logging_nan_inf_filter", "torch_compile_mode"} <= set(
-        REFUSED_TRL
-    )
+    assert {"hub_token", "push_to_hub", "logging_nan_inf_filter", "torch_compile_mode"} <= set(REFUSED_TRL)
 
 
 def test_every_refused_key_is_a_field_of_the_installed_library() -> None:
