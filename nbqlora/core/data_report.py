@@ -43,7 +43,7 @@ class DataReport(Displayed):
         n_duplicates: rows whose tokens another row has already; they are kept.
         duplicate_rows: numbers of the first few of those.
         previews: a few rows as they will be seen.
-        fill: share of the tokens of a micro-batch that are not padding, or of a pack that is filled; 1.0 for joined rows.
+        fill: share of the tokens of a micro-batch that are not padding, or of a pack that is filled.
     """
 
     stats: DataStats
