@@ -77,7 +77,7 @@ def make_plan(
         budget=best.budget,
         output_dir=output_dir,
         disk_bytes=adapter_params(model, config) * 4,
-        decisions=explain.decisions(config, device, dtype, ranked, best, limit),
+        decisions=explain.decisions(config, device, data, dtype, ranked, best, limit),
         notes=(*notes, *explain.notes(config, model, device, data, dtype, steps)),
         unknowns=explain.unknowns(model, device),
     )

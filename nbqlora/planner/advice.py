@@ -87,7 +87,7 @@ def _longest_that_fits(
     """The longest row, in steps of 64 tokens, that one row a micro-batch could have; 0 when none fits."""
 
     def needed(n: int) -> int:
-        return budget(config, model, device, dtype, 1, n, n, 0).total_bytes
+        return budget(config, model, device, dtype, 1, n, n, 0, layout=data.layout).total_bytes
 
     lengths = range(LENGTH_STEP, longest_row(config, data), LENGTH_STEP)
     found = bisect_right(lengths, limit, key=needed)

@@ -10,7 +10,7 @@ import math
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import MemoryBudget
-from nbqlora.core.specs import DeviceSpec, MemoryCategory, ModelSpec
+from nbqlora.core.specs import BatchLayout, DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, MIB
 from nbqlora.planner.layer import Attention, attention_of, layer_bytes
 
@@ -64,20 +64,23 @@ def budget(
     supervised_tokens: int,
     n_keep: int,
     ragged: bool = True,
+    layout: BatchLayout = BatchLayout.PADDED,
 ) -> MemoryBudget:
     """Predicted bytes at the peak.
 
     Args:
-        row_tokens: tokens of the longest of the ``rows``; padding makes all as long.
+        row_tokens: tokens of the longest of the ``rows``; all are counted as long.
         n_keep: layers that keep everything; they stand last, and are free again when the others are recomputed.
-        ragged: rows differ in length, so a batch of several is padded and masked.
+        ragged: rows differ in length, so a batch of several that is padded is masked too.
+        layout: padded, or end to end, where each token's mask is as wide as the whole micro-batch.
     """
     c, tokens = DTYPE_BYTES[dtype], rows * row_tokens
-    how = attention_of(model, device, rows if ragged else 1, config.packing)
+    joined = layout is not BatchLayout.PADDED
+    how = attention_of(model, device, rows if ragged or joined else 1, layout)
     n_adapter = adapter_params(model, config)
-    kept = _kept_bytes(config, model, device, how, c, rows, row_tokens)
+    kept = _kept_bytes(config, model, device, how, c, tokens, tokens if joined else row_tokens)
     stored = n_keep * kept + (model.n_layers - n_keep) * model.d_model * c * tokens
-    stored += _always_stored(config, model, how, c, rows, row_tokens)
+    stored += _always_stored(config, model, how, c, tokens, tokens if joined else row_tokens)
     loss = _loss_bytes(model, c, supervised_tokens)
     working = _working_bytes(model, how, c, row_tokens, n_keep) * tokens + (0 if n_keep else kept)
     dequant = _dequant_bytes(config, model, c)
@@ -118,26 +121,25 @@ def _workspace_bytes(device: DeviceSpec) -> int:
 
 
 def _kept_bytes(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, how: Attention, c: int, rows: int, row_tokens: int
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, how: Attention, c: int, tokens: int, attended: int
 ) -> int:
-    """What one layer that keeps everything holds for a micro-batch."""
+    """What one layer that keeps everything holds for a micro-batch of ``tokens``, each over ``attended``."""
     per_token = layer_bytes(
         model,
         c,
         config.lora_r,
-        row_tokens=rows * row_tokens if config.packing else row_tokens,
+        row_tokens=attended,
         attention=how,
         dropout=config.lora_dropout > 0,
         on_cpu=device.kind == "cpu",
     )
-    return per_token * rows * row_tokens
+    return per_token * tokens
 
 
-def _always_stored(config: FinetuneConfig, model: ModelSpec, how: Attention, c: int, rows: int, row_tokens: int) -> int:
+def _always_stored(config: FinetuneConfig, model: ModelSpec, how: Attention, c: int, tokens: int, attended: int) -> int:
     """What no policy changes: embeddings, the last norm and its fp32 input, autocast's adapter, the mask (bool)."""
-    stored = (2 * c + 4) * model.d_model * rows * row_tokens + (adapter_params(model, config) * c if c == 2 else 0)
-    mask = (rows * row_tokens) ** 2 if config.packing else rows * row_tokens**2
-    return stored + (mask if how is Attention.MASKED else 0)
+    stored = (2 * c + 4) * model.d_model * tokens + (adapter_params(model, config) * c if c == 2 else 0)
+    return stored + (tokens * attended if how is Attention.MASKED else 0)
 
 
 def _working_bytes(model: ModelSpec, how: Attention, c: int, row_tokens: int, n_keep: int) -> int:

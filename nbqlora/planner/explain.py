@@ -4,32 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbqlora.core.config import DEFAULT_EFFECTIVE_BATCH_SIZE, FinetuneConfig
+from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Decision
-from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
+from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import FRAGMENTATION_BYTES
 
 
 def decisions(
-    config: FinetuneConfig, device: DeviceSpec, dtype: str, ranked: Sequence[Candidate], best: Candidate, limit: int
+    config: FinetuneConfig,
+    device: DeviceSpec,
+    data: DataStats,
+    dtype: str,
+    ranked: Sequence[Candidate],
+    best: Candidate,
+    limit: int,
 ) -> tuple[Decision, ...]:
     """One row for each thing that was decided."""
     return (
         Decision(name="dtype", value=dtype, because=_why_dtype(config, device)),
+        Decision(name="packing", value=_layout(config, data), because=data.layout_because),
         Decision(
             name="batch",
-            value=f"{_rows(best.micro_batch_size, config)}, accumulation {best.accumulation}",
-            because=_why_batch(config, ranked, best, limit),
+            value=f"{_rows(best.micro_batch_size, data)}, accumulation {best.accumulation}",
+            because=_why_batch(config, data, ranked, best, limit),
         ),
         Decision(name="layers", value=_layers(best), because=_why_layers(config, ranked, best, limit)),
         Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device, limit)),
     )
 
 
-def _rows(count: int, config: FinetuneConfig) -> str:
-    word = "pack" if config.packing else "row"
+def _layout(config: FinetuneConfig, data: DataStats) -> str:
+    if data.layout is BatchLayout.PACKED:
+        filled = data.n_tokens / (data.n_sequences * config.max_length)
+        return f"{data.n_rows} rows in {data.n_sequences} packs, {filled:.0%} full"
+    return "off: rows end to end" if data.layout is BatchLayout.JOINED else "off: rows padded to the longest"
+
+
+def _rows(count: int, data: DataStats) -> str:
+    word = "pack" if data.layout is BatchLayout.PACKED else "row"
     return f"{count} {word}{'s' if count != 1 else ''} at once"
 
 
@@ -48,15 +62,16 @@ def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
     return "this card has bf16" if device.has_bf16 else "this card has no bf16"
 
 
-def _why_batch(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candidate, limit: int) -> str:
+def _why_batch(
+    config: FinetuneConfig, data: DataStats, ranked: Sequence[Candidate], best: Candidate, limit: int
+) -> str:
     if config.per_device_train_batch_size or config.gradient_accumulation_steps:
         return "pinned"
     larger = [x for x in ranked if x.micro_batch_size > best.micro_batch_size]
-    effective = config.effective_batch_size or DEFAULT_EFFECTIVE_BATCH_SIZE
     if not larger:
-        return f"all {effective} of a step at once, the fewest passes"
+        return f"all {best.micro_batch_size} of a step at once, the fewest passes"
     nearest = min(larger, key=lambda x: (x.micro_batch_size, x.budget.total_bytes))
-    rows = _rows(nearest.micro_batch_size, config)
+    rows = _rows(nearest.micro_batch_size, data)
     if nearest.budget.total_bytes > limit:
         recomputed = " even with all layers recomputed" if nearest.n_keep == 0 else ""
         return f"{rows} would need {format_bytes(nearest.budget.total_bytes)}{recomputed}"
@@ -105,7 +120,7 @@ def notes(
     found = list(device.notes)
     if steps < FEW_STEPS and config.max_steps < 0:
         what = f"{steps} optimizer step{'s' if steps > 1 else ''} for {data.n_sequences}"
-        kind = "packs" if config.packing else "rows"
+        kind = "packs" if data.layout is BatchLayout.PACKED else "rows"
         found.append(f"only {what} {kind}; a smaller effective_batch_size learns more often")
     if data.n_truncated:
         found.append(f"{data.n_truncated} of {data.n_rows} rows are cut at max_length = {config.max_length}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from nbqlora.core.specs import DeviceSpec, ModelSpec
+from nbqlora.core.specs import BatchLayout, DeviceSpec, ModelSpec
 
 
 class Attention(Enum):
@@ -21,13 +21,13 @@ class Attention(Enum):
     MATH = "written out by SDPA"
 
 
-def attention_of(model: ModelSpec, device: DeviceSpec, rows: int, packing: bool) -> Attention:
-    """Rows that are padded or packed get a mask.
+def attention_of(model: ModelSpec, device: DeviceSpec, rows: int, layout: BatchLayout) -> Attention:
+    """Several rows, padded or end to end, get a mask, and so do packs.
 
     A single row gets none, and keys that are not expanded: below capability 8.0 no kernel takes those but the
     one that writes the scores out.
     """
-    if packing or rows > 1:
+    if layout is BatchLayout.PACKED or rows > 1:
         return Attention.MASKED
     old = device.kind == "cuda" and (device.capability or (8, 0)) < (8, 0)
     return Attention.MATH if old and model.n_kv_heads < model.n_heads else Attention.CAUSAL
@@ -77,7 +77,7 @@ def layer_bytes(
     attention (see :func:`_attention`), and gate, its activation and up (3fc).
 
     Args:
-        row_tokens: T: tokens of a row; with packing, of all packs of the micro-batch, which TRL lays end to end.
+        row_tokens: T: tokens of a row; where rows or packs lie end to end, of all of the micro-batch.
         attention: see :func:`attention_of`.
         dropout: ``lora_dropout`` is above 0.
         on_cpu: half precision on a CPU casts once for each adapter.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from nbqlora.core.config import DEFAULT_EFFECTIVE_BATCH_SIZE, FinetuneConfig
 from nbqlora.core.errors import ConfigError, Problem
-from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
+from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import budget, seconds_per_step
 
@@ -23,21 +23,25 @@ def candidates(
     row_tokens = longest_row(config, data)
     ragged = data.percentiles[0] < data.max_tokens
     share = data.n_supervised_tokens / max(1, data.n_tokens)
-    # A batch of several rows is as wide as its longest; the upper quartile stands for it.
+    # A padded batch of several rows is as wide as its longest; the upper quartile stands for it.
+    joined = data.layout is not BatchLayout.PADDED
     mean = data.n_tokens / max(1, data.n_sequences)
     found = []
-    for rows, accumulation in _splits(config):
-        typical = mean if config.packing or rows == 1 else float(data.percentiles[3])
-        attended = rows * typical if config.packing else typical
+    for rows, accumulation in _splits(config, data):
+        typical = mean if joined or rows == 1 else float(data.percentiles[3])
+        attended = rows * typical if joined else typical
         supervised = min(rows * row_tokens, math.ceil(rows * row_tokens * min(1.0, 1.5 * share)))
         for keep in _keep_choices(config, model.n_layers):
+            needed = budget(
+                config, model, device, dtype, rows, row_tokens, supervised, keep, ragged=ragged, layout=data.layout
+            )
             found.append(
                 Candidate(
                     micro_batch_size=rows,
                     accumulation=accumulation,
                     n_keep=keep,
                     n_layers=model.n_layers,
-                    budget=budget(config, model, device, dtype, rows, row_tokens, supervised, keep, ragged=ragged),
+                    budget=needed,
                     step_seconds=seconds_per_step(model, device, rows * typical, attended, share, accumulation, keep),
                 )
             )
@@ -46,15 +50,23 @@ def candidates(
 
 def longest_row(config: FinetuneConfig, data: DataStats) -> int:
     """Tokens of the longest row, or of a pack."""
-    return config.max_length if config.packing else data.max_tokens
+    return config.max_length if data.layout is BatchLayout.PACKED else data.max_tokens
 
 
-def _splits(config: FinetuneConfig) -> Iterator[tuple[int, int]]:
+def default_effective_batch(data: DataStats) -> int:
+    """Sequences of a step when none were asked for: 16 rows, or the packs that hold about as many.
+
+    So packing changes how rows are laid out, and not how often a run learns.
+    """
+    return max(1, round(DEFAULT_EFFECTIVE_BATCH_SIZE * data.n_sequences / max(1, data.n_rows)))
+
+
+def _splits(config: FinetuneConfig, data: DataStats) -> Iterator[tuple[int, int]]:
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if batch and accumulation:
         yield batch, accumulation
         return
-    effective = config.effective_batch_size or DEFAULT_EFFECTIVE_BATCH_SIZE
+    effective = config.effective_batch_size or default_effective_batch(data)
     if config.effective_batch_size is None and (batch or accumulation):
         fixed = batch or accumulation or 1
         effective = fixed * max(1, round(effective / fixed))

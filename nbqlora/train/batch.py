@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,3 +34,12 @@ def documents(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]
         return list(zip(ids, labels, strict=True))
     starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
     return [(ids[0, a:b], labels[0, a:b]) for a, b in itertools.pairwise(starts)]
+
+
+def end_to_end(documents: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device) -> dict[str, Any]:
+    """The batch that TRL's collator makes of documents without padding: ``input_ids`` ``[1, tokens]``, boundaries."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=True)
+    batch = collator([{"input_ids": list(d), "labels": list(d)} for d in documents])
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

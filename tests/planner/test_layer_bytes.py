@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nbqlora.core.config import FinetuneConfig
-from nbqlora.core.specs import DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
+from nbqlora.core.specs import BatchLayout, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
 from nbqlora.engine.checkpoint import apply_policies, decoder_layers
 from nbqlora.engine.head import chunked_loss
 from nbqlora.engine.surgery import keep_linears_trainable
@@ -21,6 +21,8 @@ from nbqlora.planner.estimate import adapter_params, budget, loss_chunk_tokens
 from nbqlora.planner.layer import LAYOUTS, Attention, attention_of, layer_bytes
 from tests import tiny
 from tests.planner.shapes import DEVICES, MODELS
+
+PADDED, PACKED = BatchLayout.PADDED, BatchLayout.PACKED
 
 KEEP, RECOMPUTE = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -163,13 +165,13 @@ def test_scores_that_sdpa_writes_out(make: Callable[..., Setting], dtype: torch.
 
 
 def test_where_sdpa_writes_the_scores_out() -> None:
-    def how(capability: tuple[int, int], rows: int = 1, model: str = "8B", *, packing: bool = False) -> Attention:
-        return attention_of(MODELS[model], replace(DEVICES["T4"], capability=capability), rows, packing)
+    def how(capability: tuple[int, int], rows: int = 1, model: str = "8B", layout: BatchLayout = PADDED) -> Attention:
+        return attention_of(MODELS[model], replace(DEVICES["T4"], capability=capability), rows, layout)
 
     assert how((7, 5)) is Attention.MATH
     assert how((7, 5), model="13B") is Attention.CAUSAL  # as many keys as queries
     assert how((8, 0)) is Attention.CAUSAL
-    assert how((7, 5), rows=2) is how((7, 5), packing=True) is how((9, 0), rows=2) is Attention.MASKED
+    assert how((7, 5), rows=2) is how((7, 5), layout=PACKED) is how((9, 0), rows=2) is Attention.MASKED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -199,6 +201,7 @@ def peak_bytes(work: Callable[[], Any], trace: Path) -> int:
 
 
 DEVICE = {"total_bytes": 1 << 40, "free_bytes": 1 << 40, "host_free_bytes": 0, "disk_free_bytes": 0}
+LAYOUT = {"padded": PADDED, "packed": PACKED}
 PEAKS = {
     "fp32": ("llama", torch.float32, {}, "padded"),
     "fp32 packed": ("llama", torch.float32, {}, "packed"),
@@ -226,7 +229,7 @@ def test_the_peak_of_a_step(make: Callable[..., Setting], case: Any, as_on_a_car
         apply_policies(model, [RECOMPUTE] * (4 - n_keep) + [KEEP] * n_keep)
         step(model, spec, batch, dtype).backward()  # gradients are there, as in all but a step's first micro-batch
         found = gradients + peak_bytes(lambda: step(model, spec, batch, dtype).backward(), tmp_path / "trace.json")
-        parts = budget(config(packing=kind == "packed"), spec, device, name, 4, 128, supervised, n_keep).by_category
+        parts = budget(config(), spec, device, name, 4, 128, supervised, n_keep, layout=LAYOUT[kind]).by_category
         standing = (MemoryCategory.WEIGHTS, MemoryCategory.ADAPTER, MemoryCategory.OPTIMIZER, MemoryCategory.CONTEXT)
         expected = sum(n for category, n in parts.items() if category not in standing)
         assert 0.98 * found <= expected <= 1.15 * found, (n_keep, expected / found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from nbqlora.core.errors import ConfigError, DoesNotFitError
 from nbqlora.core.plan import Plan
-from nbqlora.core.specs import LayerPolicy, MemoryCategory
+from nbqlora.core.specs import BatchLayout, LayerPolicy, MemoryCategory
 from nbqlora.planner import make_plan, total_steps, usable_bytes
 from nbqlora.planner.estimate import budget
 from nbqlora.planner.search import candidates
@@ -71,12 +72,23 @@ def test_more_memory_never_makes_a_plan_slower(model: str, flops: float | None) 
     assert before[1] == 0  # 400 GiB keep everything
 
 
-def peak(model: str = "8B", *, rows: int = 2, tokens: int = 1024, keep: int = 8, **changes: Any) -> int:
+def peak(
+    model: str = "8B",
+    *,
+    rows: int = 2,
+    tokens: int = 1024,
+    keep: int = 8,
+    layout: BatchLayout = BatchLayout.PADDED,
+    **changes: Any,
+) -> int:
     config = options(max_length=tokens, **changes)
-    return budget(config, MODELS[model], DEVICES["H100"], "bf16", rows, tokens, rows * tokens, keep).total_bytes
+    parts = (config, MODELS[model], DEVICES["H100"], "bf16", rows, tokens, rows * tokens, keep)
+    return budget(*parts, layout=layout).total_bytes
 
 
-@pytest.mark.parametrize("how", [{}, {"packing": True}, {"lora_dropout": 0.05}, {"optim": "adamw_8bit"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"layout": BatchLayout.PACKED}, {"lora_dropout": 0.05}, {"optim": "adamw_8bit"}], ids=str
+)
 def test_more_tokens_rank_rows_or_kept_layers_take_more(how: dict[str, Any]) -> None:
     lengths = [peak(tokens=n, **how) for n in (64, 128, 512, 1000, 1024, 4096, 16384)]
     ranks = [peak(lora_r=r, **how) for r in (1, 8, 16, 64, 256)]
@@ -87,10 +99,15 @@ def test_more_tokens_rank_rows_or_kept_layers_take_more(how: dict[str, Any]) -> 
     assert peak(keep=0, **how) <= peak(keep=2, **how)
 
 
-def test_packs_attend_over_all_packs_of_a_batch() -> None:
-    # TRL lays the packs of a micro-batch end to end: a mask of (2 x 4096)**2 in place of 2 x 4096**2, once as
-    # bool and in each of 32 layers in two bytes.
-    assert peak(tokens=4096, keep=32, packing=True) - peak(tokens=4096, keep=32) == 2 * 4096**2 * (1 + 32 * 2)
+@pytest.mark.parametrize("layout", [BatchLayout.PACKED, BatchLayout.JOINED])
+def test_what_lies_end_to_end_attends_over_the_whole_batch(layout: BatchLayout) -> None:
+    # A mask of (2 x 4096)**2 in place of 2 x 4096**2, once as bool and in each of 32 layers in two bytes.
+    assert peak(tokens=4096, keep=32, layout=layout) - peak(tokens=4096, keep=32) == 2 * 4096**2 * (1 + 32 * 2)
+
+
+def test_one_row_at_a_time_needs_no_mask_but_one_pack_does() -> None:
+    alone, joined, packed = (peak(rows=1, layout=which) for which in reversed(BatchLayout))
+    assert alone == joined < packed
 
 
 def test_dropout_is_counted() -> None:
@@ -205,9 +222,17 @@ def test_steps_are_those_of_trainer(n: int, rows: int, accumulation: int, epochs
 
 
 def test_the_plan_counts_packs() -> None:
-    data = rows_of(1024, n=1000, packs=100)
-    found = make_plan(options(packing=True), MODELS["1B"], DEVICES["H100"], data, output_dir="out")
+    data = replace(rows_of(1024, n=1000, packs=100), layout=BatchLayout.PACKED)
+    found = make_plan(options(effective_batch_size=16), MODELS["1B"], DEVICES["H100"], data, output_dir="out")
     assert found.total_steps == 7
+
+
+def test_packing_does_not_change_how_often_a_run_learns() -> None:
+    data = replace(rows_of(1024, n=1000, packs=125), layout=BatchLayout.PACKED)
+    found = make_plan(options(), MODELS["1B"], DEVICES["H100"], data, output_dir="out")
+    assert (found.effective_batch_size, found.total_steps) == (2, 63)  # 2 packs hold the 16 rows of a step
+    alone = replace(rows_of(1024, n=1000, packs=1000), layout=BatchLayout.PACKED)
+    assert make_plan(options(), MODELS["1B"], DEVICES["H100"], alone, output_dir="out").effective_batch_size == 16
 
 
 @pytest.mark.parametrize("effective", [16, 720])
