@@ -29,7 +29,8 @@ class FinetuneConfig:
 
     Args:
         model: a hub id, a folder, or ``"demo"``.
-        data: ``"demo"``, a file (JSONL), a hub data set, a list of dicts, a DataFrame or a ``datasets.Dataset``.
+        data: ``"demo"``, a file (JSONL, JSON, CSV, Parquet), a folder of them, a hub data set, a list of dicts, a
+            DataFrame or a ``datasets.Dataset``.
         eval_data: the same for evaluation; None for none (the demo data brings its own).
         dtype: arithmetic: ``auto`` is bf16 from capability 8.0, fp16 below, fp32 on a CPU.
         vram_gib: the most that the run may allocate on the card (process RAM on a CPU); None = all that is free.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nbqlora.core.display import Displayed
 from nbqlora.core.plain import plain
 from nbqlora.core.specs import DataStats
+
+PADDED_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,20 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """One row as the model will see it: pieces of text in order, each with whether the loss counts it."""
+    """One row as the model will see it: pieces of text in order, each with whether the loss counts it.
+
+    Args:
+        row: its number in the source, from 1.
+        why: why this one ("the first", "of middle length").
+        n_tokens: its tokens, before the cut.
+        n_cut_tokens: those beyond ``max_length``, which the pieces do not have.
+    """
 
     row: int
     pieces: tuple[tuple[str, bool], ...]
+    why: str = ""
+    n_tokens: int = 0
+    n_cut_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -37,19 +50,23 @@ class DataReport(Displayed):
 
     Args:
         n_read: rows that the source held.
-        histogram: ``(from, to, rows)``: row lengths in tokens before the cut, both ends included.
+        unit: what its rows are called ("row", or "line" of a file).
+        histogram: ``(from, to, rows)``: lengths in tokens before the cut, both ends included, of all rows that
+            could be tokenized.
         n_cut_tokens: tokens beyond ``max_length``, left away.
         n_cut_learned: those of them that would have been learned.
         n_duplicates: rows whose tokens another row has already; they are kept.
         duplicate_rows: numbers of the first few of those.
         previews: a few rows as they will be seen.
-        fill: share of the tokens of a micro-batch that are not padding, or of a pack that is filled.
+        fill: share of the tokens of a micro-batch that are not padding, or of a pack that is filled; for padded
+            rows, of :data:`PADDED_ROWS` rows picked at random.
     """
 
     stats: DataStats
     n_read: int
     max_length: int
     histogram: tuple[tuple[int, int, int], ...]
+    unit: str = "row"
     n_cut_tokens: int = 0
     n_cut_learned: int = 0
     n_duplicates: int = 0
@@ -66,3 +83,17 @@ class DataReport(Displayed):
         return (
             f"DataReport({self.stats.source}: {self.stats.n_rows} of {self.n_read} rows, {self.stats.n_tokens} tokens)"
         )
+
+
+def listed(numbers: Sequence[int], count: int, unit: str) -> str:
+    """``row 3``, ``rows 3 and 7``, ``rows 3, 7, 9, 12, 15, …``.
+
+    Args:
+        numbers: the first few.
+        count: how many there are.
+        unit: what one is called.
+    """
+    shown = [f"{n:,}" for n in numbers]
+    if count > len(numbers):
+        return f"{unit}s {', '.join(shown)}, …"
+    return f"{unit} {shown[0]}" if count == 1 else f"{unit}s {', '.join(shown[:-1])} and {shown[-1]}"

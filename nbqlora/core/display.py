@@ -22,6 +22,11 @@ def register(kind: type, *, text: Callable[[Any], str], html: Callable[[Any], st
 class Displayed:
     """Base of values that people look at; subclasses define a short, stable ``__repr__``."""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        # IPython takes the first of the two that it meets in the order of classes, and each has a repr of its own.
+        cls._repr_pretty_ = Displayed._repr_pretty_  # type: ignore[method-assign]
+
     def __str__(self) -> str:
         renderer = _text.get(type(self))
         return renderer(self) if renderer else repr(self)

@@ -1,4 +1,4 @@
-"""Plans, reports and memory as text, HTML and figures: functions from a value of ``core`` to what a person reads."""
+"""Data, plans, reports and memory as text, HTML and figures: from a value of ``core`` to what a person reads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from nbqlora.core import display
 from nbqlora.core.plan import Plan
 from nbqlora.core.report import Comparison, Report
 from nbqlora.view import html, text
+from nbqlora.view.data import register_data_views
+from nbqlora.view.doctor import register_doctor_view
 from nbqlora.view.memory import register_memory_views
 
 
 def register_all() -> None:
     """Let every value of ``core`` show itself through this layer."""
     register_memory_views()
+    register_data_views()
+    register_doctor_view()
     display.register(Plan, text=text.plan_text, html=html.plan_html)
     display.register(Report, text=text.report_text, html=html.report_html)
     display.register(Comparison, text=text.comparison_text, html=html.comparison_html)

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable
 
 from nbqlora.core.events import (
+    DataEvent,
     EvalEvent,
     Event,
     NoteEvent,
@@ -128,6 +129,8 @@ def event_line(event: Event) -> str:
     match event:
         case PhaseEvent():
             return f"[{event.phase}] {event.detail}".rstrip()
+        case DataEvent():
+            return str(event.report)
         case PlannedEvent():
             return plan_text(event.plan)
         case StepEvent():

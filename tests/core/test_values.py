@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from nbqlora.core import display, events
+from nbqlora.core.data_report import DataReport, Preview
 from nbqlora.core.events import (
+    DataEvent,
     EvalEvent,
     Event,
     NoteEvent,
@@ -57,8 +59,13 @@ STEP = StepEvent(
     elapsed_seconds=1.5, step=1, total_steps=8, loss=2.5, learning_rate=1e-4, grad_norm=None, n_tokens=30, seconds=0.5,
     peak_bytes=GIB,
 )  # fmt: skip
+REPORTED = DataReport(
+    stats=DATA, n_read=4, max_length=14, histogram=((5, 9, 2), (10, 14, 1)),
+    previews=(Preview(row=1, why="the first", n_tokens=2, n_cut_tokens=0, pieces=(("private text", True),)),),
+)  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     PhaseEvent(elapsed_seconds=0.0, phase="look"),
+    DataEvent(elapsed_seconds=0.25, report=REPORTED),
     PlannedEvent(elapsed_seconds=0.5, plan=PLAN),
     STEP,
     EvalEvent(elapsed_seconds=2.0, step=1, loss=2.25),
@@ -104,7 +111,7 @@ def test_an_event_says_its_kind() -> None:
         "kind": "StepEvent", "elapsed_seconds": 1.5, "step": 1, "total_steps": 8, "loss": 2.5, "learning_rate": 1e-4,
         "grad_norm": None, "n_tokens": 30, "seconds": 0.5, "peak_bytes": GIB,
     }  # fmt: skip
-    assert EVENTS[1].as_dict() == {"kind": "PlannedEvent", "elapsed_seconds": 0.5}
+    assert EVENTS[2].as_dict() == {"kind": "PlannedEvent", "elapsed_seconds": 0.5}
 
 
 def test_a_figure_that_is_not_finite_is_none() -> None:
@@ -144,7 +151,7 @@ def test_memory_as_dict() -> None:
 
 def test_derived_figures() -> None:
     assert (PLAN.effective_batch_size, PLAN.predicted_peak_bytes) == (15, 6 * GIB)
-    assert (REPORT.steps, REPORT.evals) == ((STEP,), (EVENTS[3],))
+    assert (REPORT.steps, REPORT.evals) == ((STEP,), (EVENTS[4],))
     assert DATA.mean_tokens == 10.0
     assert MemoryCategory.OTHER_PROCESSES.label == "other processes"
     assert MODEL.tied
@@ -180,3 +187,17 @@ def test_tensors_never_get_into_a_dict() -> None:
     assert plain({"weights": big, "list": [big]}) == {
         "weights": "<Tensor of 1000 rows>", "list": ["<Tensor of 1000 rows>"],
     }  # fmt: skip
+
+
+def test_a_data_event_copies_counts_and_no_row() -> None:
+    kept = json.dumps([e.as_dict() for e in EVENTS])
+    assert '"n_read": 4' in kept
+    assert "private text" not in kept
+
+
+def test_ipython_shows_the_whole_and_not_the_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    from IPython.lib.pretty import pretty
+
+    monkeypatch.setitem(display._text, Plan, lambda plan: "the whole plan")
+    assert pretty(PLAN) == "the whole plan"
+    assert repr(PLAN).startswith("Plan(")

@@ -3,7 +3,9 @@
 from itertools import groupby
 from typing import Any
 
-from nbqlora.data.render import IGNORED, EncodedRow, encode_row
+from nbqlora.data.messages import RowError
+from nbqlora.data.render import Renderer
+from nbqlora.data.tokens import IGNORED, EncodedRow, encode_rendered
 
 Turns = list[tuple[str, str]]
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -40,14 +42,20 @@ def row(turns: Turns) -> dict[str, Any]:
 
 
 def encoded(given: dict[str, Any], tokenizer: Any, *, assistant_only_loss: bool = True) -> EncodedRow:
-    return encode_row(given, tokenizer, assistant_only_loss=assistant_only_loss, where="row 1 of x")
+    """The row's tokens. Raises the :class:`RowError` that leaves it out."""
+    renderer = Renderer(tokenizer, assistant_only_loss=assistant_only_loss)
+    (done,) = encode_rendered(renderer([given]), tokenizer)
+    if isinstance(done, RowError):
+        raise done
+    return done
 
 
 def learned(given: EncodedRow, tokenizer: Any) -> list[str]:
     """The text of each run of supervised tokens."""
-    assert len(given.input_ids) == len(given.labels)
-    assert all(label in (IGNORED, token) for token, label in zip(given.input_ids, given.labels, strict=True))
-    runs = [list(run) for counts, run in groupby(given.labels, key=lambda label: label != IGNORED) if counts]
+    ids, labels = given.input_ids.tolist(), given.labels.tolist()
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    runs = [list(run) for counts, run in groupby(labels, key=lambda label: label != IGNORED) if counts]
     return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
 
 
@@ -56,5 +64,5 @@ def answers(turns: Turns) -> list[str]:
 
 
 def whole(given: dict[str, Any], tokenizer: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(given["messages"], tokenize=False)
+    text = tokenizer.apply_chat_template(given["messages"], tools=given.get("tools"), tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

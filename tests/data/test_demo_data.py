@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nbqlora.core.specs import BatchLayout
 from nbqlora.data.encode import encode
 from nbqlora.data.rows import read_rows
 
@@ -17,7 +18,7 @@ TOKENS = {"train": (11_242, 6_106, 149), "eval": (1_359, 730, 93)}
 
 
 def conversations(split: str) -> list[list[dict[str, str]]]:
-    return [row["messages"] for row in read_rows("demo", split=split).rows]
+    return [row["messages"] for _, row in read_rows("demo", split=split)]
 
 
 @pytest.mark.parametrize("split", SHAPE)
@@ -55,6 +56,6 @@ def test_no_question_is_asked_twice() -> None:
 
 @pytest.mark.parametrize("split", SHAPE)
 def test_rows_are_short_and_all_are_learned_from(split: str, demo_tokenizer: Any) -> None:
-    stats = encode(read_rows("demo", split=split), demo_tokenizer, max_length=256).stats
+    stats = encode(read_rows("demo", split=split), demo_tokenizer, max_length=256, layout=BatchLayout.PADDED).stats
     assert (stats.n_rows, stats.n_truncated, stats.n_skipped) == (SHAPE[split][0], 0, {})
     assert (stats.n_tokens, stats.n_supervised_tokens, stats.max_tokens) == TOKENS[split]

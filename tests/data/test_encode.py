@@ -1,25 +1,21 @@
-"""From rows to the data set that the trainer takes: what is cut, left out, counted and packed."""
+"""From rows to the data set that the trainer takes: what is cut, left out and counted, and what is said meanwhile."""
 
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from nbqlora.core.errors import DataError
-from nbqlora.data.encode import CUT_AWAY, NOTHING_TO_LEARN, EncodedData, encode
-from nbqlora.data.render import IGNORED
-from nbqlora.data.rows import read_rows
+from nbqlora.data.encode import EncodedData, encode
+from nbqlora.data.report import CUT_AWAY, NOTHING_TO_LEARN
+from nbqlora.data.source import Rows
+from nbqlora.data.tokens import IGNORED
+from tests.data.small_rows import PACKED, PADDED, encoded, ids, pair
 from tests.data.small_tokenizers import byte_level, words
 
 
-def pair(prompt: int, completion: int, first: int = 0) -> dict[str, str]:
-    """A row of ``prompt + completion`` words and the end token."""
-    names = [f"w{(first + i) % 50}" for i in range(prompt + completion)]
-    return {"prompt": " ".join(names[:prompt]), "completion": " " + " ".join(names[prompt:])}
-
-
-def encoded(rows: Any, *, max_length: int = 64, **options: Any) -> EncodedData:
-    return encode(read_rows(rows), options.pop("tokenizer", None) or words(), max_length=max_length, **options)
+def n_learned(data: EncodedData) -> list[int]:
+    return [sum(label != IGNORED for label in row) for row in data.store.rows["labels"]]
 
 
 def test_counts() -> None:
@@ -28,11 +24,11 @@ def test_counts() -> None:
     assert (stats.n_rows, stats.n_sequences, stats.n_tokens, stats.n_supervised_tokens) == (3, 3, 6 + 10 + 7, 3 + 9 + 5)
     assert (stats.max_tokens, stats.n_truncated, stats.n_skipped, stats.n_eval_rows) == (10, 0, {}, 0)
     assert stats.percentiles == (6, 6, 7, 10, 10)
-    assert stats.source == "list of rows"
-    assert data.row_numbers == (1, 2, 3)
+    assert (stats.source, stats.format, stats.layout) == ("list of rows", "prompt and completion", PADDED)
+    assert data.report.stats == stats
     assert data.dataset.column_names == ["input_ids", "labels"]
-    assert data.dataset["input_ids"][:] == [row.input_ids for row in data.rows]
-    assert data.dataset["labels"][:] == [row.labels for row in data.rows]
+    assert {str(feature.feature.dtype) for feature in data.dataset.features.values()} == {"int32"}
+    assert data.dataset[0]["labels"] == [IGNORED] * 3 + data.dataset[0]["input_ids"][3:]
     assert repr(data) == "EncodedData(list of rows: 3 rows, 23 tokens)"
 
 
@@ -52,7 +48,7 @@ def test_percentiles(lengths: list[int], percentiles: tuple[int, ...]) -> None:
 def test_truncation_and_what_is_left_out() -> None:
     rows = [
         pair(3, 2),  # 6 tokens: fits
-        pair(3, 7),  # 11 tokens: cut to 8, four words of the answer are left
+        pair(3, 7),  # 11 tokens: cut to 8, five words of the answer are left
         pair(7, 3),  # only the first word of the answer is left
         pair(8, 3),  # the answer begins after the cut
         pair(3, 4),  # 8 tokens: just fits
@@ -60,148 +56,138 @@ def test_truncation_and_what_is_left_out() -> None:
         {"messages": None, "prompt": "w1 w2", "completion": "w3"},
     ]
     data = encoded(rows, max_length=8)
-    assert data.row_numbers == (1, 2, 3, 5, 6, 7)
+    assert data.store.rows["row"][:] == [1, 2, 3, 5, 6, 7]
     assert data.stats.n_truncated == 2
     assert data.stats.n_skipped == {CUT_AWAY: 1}
-    assert [len(row.input_ids) for row in data.rows] == [6, 8, 8, 8, 2, 3]
-    assert [row.n_supervised for row in data.rows] == [3, 5, 1, 5, 1, 2]
+    assert [len(row) for row in ids(data)] == [6, 8, 8, 8, 2, 3]
+    assert n_learned(data) == [3, 5, 1, 5, 1, 2]
     assert data.stats.max_tokens == 8
-    assert all(len(row.labels) == len(row.input_ids) for row in data.rows)
+    assert (data.report.n_cut_tokens, data.report.n_cut_learned) == (3 + 3, 3 + 3)
 
 
 def test_rows_that_teach_nothing_are_left_out_by_reason() -> None:
     tokenizer = byte_level("chatml")
     ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    rows = [{"messages": m} for m in ([ask], [ask, answer], [ask, ask], [ask, {**ask, "content": "a" * 200}, answer])]
-    data = encoded(rows, tokenizer=tokenizer, max_length=100)
-    assert data.row_numbers == (2,)
-    assert data.stats.n_skipped == {NOTHING_TO_LEARN: 2, CUT_AWAY: 1}
-    everything = encoded(rows, tokenizer=tokenizer, max_length=100, assistant_only_loss=False)
-    assert (everything.row_numbers, everything.stats.n_skipped) == ((1, 2, 3, 4), {})
+    good = {"messages": [ask, answer]}
+    rows = [
+        {"messages": [ask]},
+        good,
+        {"messages": [{**ask, "content": "a" * 200}, answer]},
+        good,
+        {"messages": 7},
+        good,
+    ]
+    data = encoded([*rows, good], tokenizer=tokenizer, max_length=100)
+    assert data.store.rows["row"][:] == [2, 4, 6, 7]
+    reasons = {"no assistant turn": 1, CUT_AWAY: 1, "messages is int, not a list of {role, content}": 1}
+    assert data.stats.n_skipped == reasons
+    assert {s.reason: s.rows for s in data.report.skipped} == dict(zip(reasons, [(1,), (3,), (5,)], strict=True))
+    everything = encoded([*rows, good], tokenizer=tokenizer, max_length=100, assistant_only_loss=False)
+    assert everything.store.rows["row"][:] == [2, 3, 4, 6, 7]
     assert everything.stats.n_truncated == 1
+    # One token, which nothing predicts.
+    alone = encoded([{"text": "w1"}, {"text": "w2 w3"}], tokenizer=_without_end())
+    assert alone.stats.n_skipped == {NOTHING_TO_LEARN: 1}
 
 
-def test_all_rows_left_out_is_an_error() -> None:
+def _without_end() -> Any:
+    tokenizer = words()
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+def test_more_than_half_left_out_is_an_error() -> None:
+    half = [pair(8, 3), pair(1, 3), pair(9, 3), pair(2, 3)]
+    assert encoded(half, max_length=8).stats.n_skipped == {CUT_AWAY: 2}
     with pytest.raises(DataError) as caught:
-        encoded([pair(8, 3), pair(9, 3)], max_length=8)
+        encoded([*half, {"prompt": "a", "completion": None}], max_length=8)
     assert str(caught.value) == (
-        "list of rows: no row teaches anything: 2 x the answer begins after max_length; max_length is 8"
+        "list of rows: 3 of 5 rows cannot be used\n"
+        "  2 x the answer begins after max_length (rows 1 and 3)\n"
+        "  1 x nothing (None or NaN) in completion (row 5)\n"
+        "  max_length is 8"
     )
-    ask = {"role": "user", "content": "a"}
     with pytest.raises(DataError) as caught:
-        encoded([{"messages": [ask]}, pair(9, 1), {"messages": [ask]}], max_length=8, tokenizer=byte_level("chatml"))
+        encoded([pair(9, 1)], max_length=8)
+    assert str(caught.value).startswith("list of rows: 1 of 1 rows cannot be used\n  1 x the answer begins after")
+
+
+def test_a_hundred_bad_rows_at_the_start_are_enough() -> None:
+    n_given = 0
+
+    def read() -> Iterator[tuple[int, dict[str, Any]]]:
+        nonlocal n_given
+        for number in range(1, 10_001):
+            n_given = number
+            yield number, {"messages": [{"role": "user", "content": "a"}] if number % 4 else None}
+
+    with pytest.raises(DataError) as caught:
+        encode(Rows(source="x", n_rows=None, read=read, unit="line"), byte_level(), max_length=8, layout=PADDED)
     assert str(caught.value) == (
-        "list of rows: no row teaches anything: 2 x nothing to learn from, 1 x the answer begins after max_length; "
-        "max_length is 8"
+        "x: none of the first 100 lines can be used\n"
+        "  75 x no assistant turn (lines 1, 2, 3, 5, 6, …)\n"
+        "  25 x nothing (None or NaN) in messages (lines 4, 8, 12, 16, 20, …)"
     )
-
-
-def test_a_wrong_row_is_named_by_its_number() -> None:
-    with pytest.raises(DataError, match=r"^row 2 of list of rows has the columns text; rows need"):
-        encoded([pair(1, 1), {"text": "a"}])
+    assert n_given == 100
 
 
 def test_a_tokenizer_without_template_takes_text_only() -> None:
     messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    with pytest.raises(DataError, match=r"^this model's tokenizer has no chat template; give rows with prompt and"):
-        encoded([{"messages": messages}])
-    with pytest.raises(DataError, match=r"^this model's tokenizer has no chat template; give rows with prompt and"):
-        encoded([{"prompt": messages[:1], "completion": messages[1:]}])
-    with pytest.raises(DataError, match=r"^row 2 of list of rows: the chat template refuses this conversation"):
-        encoded([pair(1, 1), {"messages": messages}])
+    for rows in ([{"messages": messages}], [{"prompt": messages[:1], "completion": messages[1:]}]):
+        with pytest.raises(DataError) as caught:
+            encoded(rows)
+        assert str(caught.value) == (
+            "this model's tokenizer has no chat template; "
+            'chat_template_path = "plain" uses a plain one (### User / ### Assistant)'
+        )
 
 
-def documents(data: EncodedData) -> list[list[int]]:
-    """The rows that the packs are made of."""
-    found = []
-    for pack in data.dataset:
-        assert sum(pack["seq_lengths"]) == len(pack["input_ids"]) == len(pack["labels"])
-        at = 0
-        for length in pack["seq_lengths"]:
-            found.append(pack["input_ids"][at : at + length])
-            at += length
-    return found
+def test_the_fingerprint_is_of_tokens_and_labels_in_order() -> None:
+    rows = [pair(1 + i % 7, 2, first=i) for i in range(400)]
+    given = encoded(rows).stats.fingerprint
+    assert len(given) == 32
+    assert encoded([*rows]).stats.fingerprint == given
+    assert encoded(rows, max_length=63).stats.fingerprint == given
+    others = [rows[::-1], rows[:-1], [*rows[:-1], pair(1, 2)]]
+    changed = {encoded(other).stats.fingerprint for other in others}
+    changed.add(encoded(rows, assistant_only_loss=False).stats.fingerprint)
+    changed.add(encoded(rows, max_length=5).stats.fingerprint)
+    assert len(changed | {given}) == 6
 
 
-def test_packing_keeps_every_row_whole_and_once() -> None:
-    # More than 1,000 rows: TRL packs in batches of a thousand.
-    rows = [pair(1 + i % 7, 1 + i % 11, first=i) for i in range(1500)]
-    plain, packed = encoded(rows, max_length=48), encoded(rows, max_length=48, packing=True)
-    assert sorted(documents(packed)) == sorted(row.input_ids for row in plain.rows)
-    assert packed.rows == plain.rows
-    n_packs = len(packed.dataset)
-    assert packed.stats.n_sequences == n_packs
-    assert (packed.stats.n_rows, packed.stats.n_tokens) == (1500, plain.stats.n_tokens)
-    lengths = [len(pack) for pack in packed.dataset["input_ids"]]
-    assert max(lengths) <= 48
-    assert sum(lengths) == plain.stats.n_tokens
-    # Two batches, each with at most one pack that is not nearly full.
-    assert n_packs <= plain.stats.n_tokens / 48 * 1.02 + 2
-    for pack in packed.dataset.select(range(20)):
-        assert all(label in (IGNORED, token) for token, label in zip(pack["input_ids"], pack["labels"], strict=True))
-        # A document's first token is predicted by nothing, least of all by the document before it.
-        starts = [sum(pack["seq_lengths"][:i]) for i in range(len(pack["seq_lengths"]))]
-        assert all(pack["labels"][at] == IGNORED for at in starts)
+def test_nothing_is_drawn_and_progress_is_said(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbqlora.data import encode as module
 
-
-def test_packing_never_sees_a_row_longer_than_a_pack() -> None:
-    """TRL's packing would cut such a row in silence; here it was cut, and counted, before."""
-    rows = [pair(2, 40, first=3), pair(2, 3), pair(1, 4)]
-    data = encoded(rows, max_length=16, packing=True)
-    assert data.stats.n_truncated == 1
-    assert sorted(data.dataset["seq_lengths"]) == [[6, 6], [16]]
-    longest = next(d for d in documents(data) if len(d) == 16)
-    assert longest == data.rows[0].input_ids
-
-
-def test_packing_leaves_out_what_teaches_nothing() -> None:
-    data = encoded([pair(20, 1), pair(1, 2)], max_length=16, packing=True)
-    assert data.stats.n_skipped == {CUT_AWAY: 1}
-    assert documents(data) == [data.rows[0].input_ids]
-    assert data.row_numbers == (2,)
-
-
-def test_packing_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    encoded([pair(1, 2)] * 50, packing=True)
+    monkeypatch.setattr(module, "_SAY_SECONDS", 0.0)
+    rows, said = [pair(1, 2)] * 600, []
+    encoded(rows, layout=PACKED, say=said.append)
     assert capfd.readouterr() == ("", "")
+    assert said == [f"tokenized {n} of 600 rows, under 1 min left" for n in (100, 350, 600)]
+    said.clear()
+    unknown = Rows(source="x", n_rows=None, read=lambda: iter(enumerate(rows, 1)), unit="line")
+    encode(unknown, words(), max_length=8, layout=PADDED, say=said.append)
+    assert said[-1] == "tokenized 600 lines"
 
 
-def test_rows_are_found_by_their_tokens() -> None:
-    rows = [pair(20, 1), pair(1, 2), pair(2, 2, first=9), pair(1, 2), pair(1, 30)]
-    data = encoded(rows, max_length=16, packing=True)
-    assert data.row_numbers == (2, 3, 4, 5)
-    assert data.find_rows([data.rows[1].input_ids]) == (3,)
-    assert data.find_rows([data.rows[0].input_ids, data.rows[3].input_ids]) == (2, 4, 5)
-    assert data.find_rows([]) == ()
-    assert data.find_rows([[1, 2, 3]]) == ()
-    assert data.find_rows(documents(data)) == (2, 3, 4, 5)
-
-
-def test_padded_and_plain_rows_of_a_dataset_are_the_same(demo_tokenizer: Any) -> None:
+def test_rows_of_a_dataset_and_a_frame_are_the_same(demo_tokenizer: Any) -> None:
     datasets = pytest.importorskip("datasets")
     pandas = pytest.importorskip("pandas")
     ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}
     rows = [{"messages": [ask, answer]}, {"messages": [ask, {**answer, "content": "c"}]}]
-    expected = encoded(rows, tokenizer=demo_tokenizer).rows
+    expected = encoded(rows, tokenizer=demo_tokenizer).dataset[:]
     for source in (datasets.Dataset.from_list(rows), pandas.DataFrame(rows)):
-        assert encoded(source, tokenizer=demo_tokenizer).rows == expected
+        assert encoded(source, tokenizer=demo_tokenizer).dataset[:] == expected
 
 
-def test_nothing_in_a_data_frame_is_named() -> None:
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"prompt": ["w1", "w2"], "completion": ["w3", None]})
-    with pytest.raises(DataError) as caught:
-        encoded(frame)
-    assert str(caught.value) == (
-        "row 2 of DataFrame of 2 rows has nothing (None or NaN) in completion; "
-        'rows need "messages", or "prompt" and "completion"'
-    )
+def test_the_users_choice_about_threads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
 
-
-def test_ten_thousand_rows_take_seconds(demo_tokenizer: Any) -> None:
-    turns = [("user", "What is {i}?"), ("assistant", "word " * 40), ("user", "And then?"), ("assistant", "word " * 40)]
-    rows = [{"messages": [{"role": r, "content": c.format(i=i)} for r, c in turns]} for i in range(10_000)]
-    begun = time.perf_counter()
-    data = encoded(rows, tokenizer=demo_tokenizer, max_length=256)
-    assert time.perf_counter() - begun < 15
-    assert data.stats.n_rows == 10_000
+    for given in (None, "true", "false"):
+        if given is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", given)
+        encoded([pair(1, 2)] * 300)
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == given

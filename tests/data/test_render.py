@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from nbqlora.core.errors import DataError
-from nbqlora.data.render import IGNORED
+from nbqlora.data.messages import RowError
+from nbqlora.data.tokens import IGNORED
 from tests.data.learned import (
     ASSISTANT,
     CONVERSATIONS,
@@ -40,7 +40,7 @@ def test_the_demo_model_learns_the_answer_and_its_end(name: str, demo_tokenizer:
     turns = CONVERSATIONS[name]
     got = encoded(row(turns), demo_tokenizer)
     assert learned(got, demo_tokenizer) == [answer + "<|im_end|>" for answer in answers(turns)]
-    assert got.input_ids == whole(row(turns), demo_tokenizer)
+    assert got.input_ids.tolist() == whole(row(turns), demo_tokenizer)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -51,7 +51,11 @@ def test_each_family_learns_the_answer_and_its_end(name: str, family: Any) -> No
     # The space that Mistral's template puts before an answer is the answer's to write.
     lead = " " if kind == "mistral" else ""
     assert learned(got, tokenizer) == [lead + answer + END[kind] for answer in answers(turns)]
-    assert got.input_ids == whole(row(turns), tokenizer)
+    if kind == "llama3":
+        # A blank line stands before each answer: this tokenizer makes it one token where the model is asked.
+        assert tokenizer.decode(got.input_ids.tolist()) == tokenizer.decode(whole(row(turns), tokenizer))
+    else:
+        assert got.input_ids.tolist() == whole(row(turns), tokenizer)
 
 
 @pytest.mark.parametrize("name", SPACED)
@@ -79,8 +83,8 @@ def test_the_prompt_is_tokenized_as_when_the_model_is_asked(demo_tokenizer: Any)
     prompt = demo_tokenizer.apply_chat_template(
         row(turns[:1])["messages"], tokenize=True, add_generation_prompt=True, return_dict=False
     )
-    assert got.input_ids[: len(prompt)] == prompt
-    assert set(got.labels[: len(prompt)]) == {IGNORED}
+    assert got.input_ids[: len(prompt)].tolist() == prompt
+    assert set(got.labels[: len(prompt)].tolist()) == {IGNORED}
     assert got.labels[len(prompt)] != IGNORED
 
 
@@ -90,7 +94,7 @@ def test_equal_to_generation_markers() -> None:
         messages = row(turns)["messages"]
         truth = marked.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         got = encoded(row(turns), plain)
-        assert got.input_ids == truth["input_ids"]
+        assert got.input_ids.tolist() == truth["input_ids"]
         assert [label != IGNORED for label in got.labels] == [bool(m) for m in truth["assistant_masks"]]
 
 
@@ -109,23 +113,17 @@ def test_a_template_without_generation_prompt() -> None:
 
 
 def test_without_an_assistant_there_is_nothing_to_learn(demo_tokenizer: Any) -> None:
-    assert encoded(row([(USER, "a")]), demo_tokenizer).n_supervised == 0
-    assert encoded(row([(SYSTEM, "a"), (USER, "b")]), demo_tokenizer).n_supervised == 0
+    assert encoded(row([(USER, "a")]), demo_tokenizer).n_learned == 0
+    assert encoded(row([(SYSTEM, "a"), (USER, "b")]), demo_tokenizer).n_learned == 0
 
 
-def test_a_template_that_rewrites_history_is_an_error() -> None:
+def test_a_template_that_drops_earlier_thoughts_teaches_what_is_left() -> None:
     tokenizer = byte_level("chatml", FORGETFUL)
     turns = [(USER, "a"), (ASSISTANT, "<think>x</think>b"), (USER, "c"), (ASSISTANT, "<think>y</think>d")]
-    with pytest.raises(DataError) as caught:
-        encoded(row(turns), tokenizer)
-    assert str(caught.value) == (
-        "row 1 of x, message 2: this tokenizer's chat template rewrites earlier turns, so the assistant's tokens "
-        "cannot be told apart; keep one answer a conversation, or set assistant_only_loss = false"
-    )
-    # Both ways out work.
+    assert learned(encoded(row(turns), tokenizer), tokenizer) == ["b<|im_end|>", "<think>y</think>d<|im_end|>"]
     assert learned(encoded(row(turns[:2]), tokenizer), tokenizer) == ["<think>x</think>b<|im_end|>"]
     all_of_it = encoded(row(turns), tokenizer, assistant_only_loss=False)
-    assert all_of_it.n_supervised == len(all_of_it.input_ids) - 1
+    assert all_of_it.n_learned == len(all_of_it.input_ids) - 1
     # Nothing to drop, nothing to fear.
     fine = [(USER, "a"), (ASSISTANT, "b"), (USER, "c"), (ASSISTANT, "d")]
     assert learned(encoded(row(fine), tokenizer), tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
@@ -133,12 +131,11 @@ def test_a_template_that_rewrites_history_is_an_error() -> None:
 
 def test_an_answer_that_does_not_begin_as_the_template_lets_it() -> None:
     tokenizer = byte_level("chatml", THINKING)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RowError) as caught:
         encoded(row([(USER, "a"), (ASSISTANT, "b")]), tokenizer)
-    assert str(caught.value) == (
-        "row 1 of x, message 2: this tokenizer's chat template lets an answer begin after "
-        "'<|im_start|>assistant\\n<think>\\n', and this one does not; put what is missing into its content, "
-        "or set assistant_only_loss = false"
+    assert caught.value.reason == (
+        "the chat template lets an answer begin after '<|im_start|>assistant\\n<think>\\n', and this one does not; "
+        "put what is missing into its content, or set assistant_only_loss = false"
     )
     got = encoded(row([(USER, "a"), (ASSISTANT, "<think>\nx</think>b")]), tokenizer)
     assert learned(got, tokenizer) == ["x</think>b<|im_end|>"]
@@ -146,23 +143,23 @@ def test_an_answer_that_does_not_begin_as_the_template_lets_it() -> None:
 
 @pytest.mark.parametrize("turns", [[(USER, "a"), (USER, "b"), (ASSISTANT, "c")], [(ASSISTANT, "a")]])
 def test_a_template_that_refuses_the_order_of_roles(turns: Turns) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RowError) as caught:
         encoded(row(turns), byte_level("gemma"))
-    assert str(caught.value) == (
-        "row 1 of x: the chat template refuses this conversation: "
+    assert caught.value.reason == (
+        "the chat template refuses this conversation: "
         "Conversation roles must alternate user/assistant/user/assistant/..."
     )
 
 
 def test_a_template_that_fails_on_its_own() -> None:
     tokenizer = byte_level("chatml", "{% for m in messages %}{{ m['content'] + 3 }}{% endfor %}")
-    with pytest.raises(DataError, match=r"^row 1 of x: the chat template refuses this conversation: can only concat"):
+    with pytest.raises(RowError, match=r"^the chat template refuses this conversation: can only concat"):
         encoded(row([(USER, "a"), (ASSISTANT, "b")]), tokenizer)
 
 
 def test_loss_on_everything(demo_tokenizer: Any) -> None:
     for turns in CONVERSATIONS.values():
         got = encoded(row(turns), demo_tokenizer, assistant_only_loss=False)
-        assert got.input_ids == whole(row(turns), demo_tokenizer)
+        assert got.input_ids.tolist() == whole(row(turns), demo_tokenizer)
         # Nothing predicts the first token.
-        assert got.labels == [IGNORED, *got.input_ids[1:]]
+        assert got.labels.tolist() == [IGNORED, *got.input_ids[1:].tolist()]

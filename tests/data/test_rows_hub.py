@@ -23,6 +23,10 @@ def said(source: Any, split: str = "train") -> str:
     return str(caught.value)
 
 
+def rows_of(source: Any, split: str = "train") -> list[Any]:
+    return [row for _, row in read_rows(source, split=split)]
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The hub, as far as ``datasets`` shows it: data sets by name, an exception instead of one."""
@@ -50,8 +54,8 @@ def test_a_data_set_of_the_hub(name: str, hub: dict[str, Any]) -> None:
     import datasets
 
     hub[name] = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
-    assert (list(read_rows(name).rows), read_rows(name).source) == (ROWS, f"{name} (train)")
-    assert (list(read_rows(name, split="eval").rows), read_rows(name, split="eval").source) == (
+    assert (rows_of(name), read_rows(name).source) == (ROWS, f"{name} (train)")
+    assert (rows_of(name, split="eval"), read_rows(name, split="eval").source) == (
         ROWS[:1], f"{name} (test)",
     )  # fmt: skip
     assert not datasets.are_progress_bars_disabled()
