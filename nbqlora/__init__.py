@@ -10,22 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 from nbqlora.core.version import __version__ as __version__
 
-__all__ = ["ConfigError", "NbqloraError", "Plan", "Report", "Run", "VramReport", "finetune", "plan", "vram"]
+__all__ = [
+    "ConfigError", "DataReport", "DoctorReport", "NbqloraError", "Plan", "Report", "Run", "VramReport", "data_report",
+    "doctor", "finetune", "plan", "vram",
+]  # fmt: skip
 
 _HOME = {
     "ConfigError": "nbqlora.core.errors",
+    "DataReport": "nbqlora.core.data_report",
+    "DoctorReport": "nbqlora.core.doctor",
     "NbqloraError": "nbqlora.core.errors",
     "Plan": "nbqlora.core.plan",
     "Report": "nbqlora.core.report",
     "Run": "nbqlora.run",
     "VramReport": "nbqlora.core.report",
+    "data_report": "nbqlora.api",
+    "doctor": "nbqlora.api",
     "finetune": "nbqlora.api",
     "plan": "nbqlora.api",
     "vram": "nbqlora.api",
 }
 
 if TYPE_CHECKING:
-    from nbqlora.api import finetune, plan, vram
+    from nbqlora.api import data_report, doctor, finetune, plan, vram
+    from nbqlora.core.data_report import DataReport
+    from nbqlora.core.doctor import DoctorReport
     from nbqlora.core.errors import ConfigError, NbqloraError
     from nbqlora.core.plan import Plan
     from nbqlora.core.report import Report, VramReport

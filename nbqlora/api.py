@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbqlora import run as _run
 from nbqlora import view
+from nbqlora.core.data_report import DataReport
+from nbqlora.core.doctor import DoctorReport
 from nbqlora.core.events import Observer
 from nbqlora.core.plan import Plan
 from nbqlora.core.report import VramReport
 from nbqlora.core.request import CellRequest
 from nbqlora.memory import probe
-from nbqlora.run import Run
+
+if TYPE_CHECKING:
+    from nbqlora.run import Run
 
 view.register_all()
 
@@ -59,6 +63,35 @@ def plan_request(request: CellRequest, *, name: str) -> Plan:
     return _run.make_plan(request, name=name)
 
 
+def data_report(**options: Any) -> DataReport:
+    """What is in the training data: lengths, what is learned, cut and left out, duplicates, a preview.
+
+    Args:
+        **options: those of :func:`finetune`; ``model`` (for its tokenizer and template) and ``data`` are required.
+
+    Raises:
+        ConfigError, DataError, ModelError: as :func:`finetune`.
+    """
+    from nbqlora.run.data import data_report as look_at_data
+
+    return look_at_data(CellRequest(options=options))
+
+
 def vram() -> VramReport:
     """Memory now: the card (or RAM), this process, RAM and disk. Never starts CUDA."""
     return probe.vram()
+
+
+def doctor(model: str | None = None, output_dir: str = ".") -> DoctorReport:
+    """What would keep a run from working here, and what to do about it; 3 to 15 s, nothing is changed.
+
+    Args:
+        model: a hub id, a folder or ``"demo"``: whether it could be loaded is checked too.
+        output_dir: where a run would write.
+
+    Returns:
+        The checks: ``.ok``, ``.problems``, ``.warnings``, ``.as_dict()``; no token is in it.
+    """
+    from nbqlora.run.doctor import doctor as look_at_all
+
+    return look_at_all(model, output_dir)

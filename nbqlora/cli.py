@@ -1,4 +1,4 @@
-"""The same from a shell: ``nbqlora demo``, ``plan FILE.toml``, ``finetune FILE.toml``, ``vram``."""
+"""The same from a shell: ``nbqlora demo``, ``plan FILE.toml``, ``finetune FILE.toml``, ``vram``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("file", type=Path, help="the options, as TOML: what a %%finetune cell holds")
         command.set_defaults(do=do)
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
+    doctor = commands.add_parser("doctor", help="say what would keep a run from working here; status 1 if anything")
+    doctor.add_argument("model", nargs="?", help="a hub id, a folder or demo: could it be loaded?")
+    doctor.add_argument("--output-dir", default=".", help="where a run would write (runs/NAME, from here)")
+    doctor.set_defaults(do=_doctor)
     return parser
 
 
@@ -112,6 +116,14 @@ def _vram(parsed: argparse.Namespace) -> int:
 
     print(api.vram())
     return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from nbqlora import api
+
+    report = api.doctor(parsed.model, parsed.output_dir)
+    print(report)
+    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ transformers knows, not a formula for each family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,20 @@ import torch
 
 from nbqlora.core.errors import ModelError
 from nbqlora.core.specs import HeadSpec, ModelSpec
+from nbqlora.hub.access import download_bytes, find_model, local_folder, sentence
+from nbqlora.hub.reach import answer_of
 
-OFFLINE_HINT = "is there a network? A folder with the model's files is a model too"
 
+def locate(name: str, say: Callable[[str], None] = lambda line: None) -> str:
+    """Where a model is: the folder ``name``, else its name on the hub, else its copy in the hub's cache.
 
-def locate(name: str) -> str:
-    """A folder as a path, anything else as a hub id. Raises :class:`ModelError` for a folder without a model."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name} is a folder without config.json; a model's folder has one")
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no such folder: {name}")
-    if "/" not in name and get_close_matches(name.lower(), ["demo"], cutoff=0.7):
-        raise ModelError(f'there is no model {name}; did you mean "demo"?')
-    return name
+    Args:
+        say: takes a line when the copy is used because the hub does not give the model.
+
+    Raises:
+        ModelError: there is no such folder or model, or it may not be read; said within seconds.
+    """
+    return local_folder(name) or find_model(name, say)
 
 
 def read_tokenizer(location: str, *, trust_remote_code: bool = False) -> Any:
@@ -89,7 +86,8 @@ def _spec(name: str, location: str, config: Any, model: Any, quantized: bool) ->
     for path, module in layers[0].named_modules() if layers is not None else ():
         if isinstance(module, torch.nn.Linear):
             shapes[path.rsplit(".", 1)[-1]] = (module.out_features, module.in_features)
-    n_heads = int(config.num_attention_heads)
+    # State-space models have no attention; their heads, if any, go by another name.
+    n_heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1)
     d_model = int(config.hidden_size)
     return ModelSpec(
         name=name,
@@ -107,7 +105,7 @@ def _spec(name: str, location: str, config: Any, model: Any, quantized: bool) ->
         head=_head(config, head),
         quantized=quantized,
         max_positions=getattr(config, "max_position_embeddings", None),
-        download_bytes=None if Path(location).is_dir() else _hub_bytes(location),
+        download_bytes=None if Path(location).is_dir() else download_bytes(location),
     )
 
 
@@ -121,34 +119,10 @@ def _head(config: Any, head: Any) -> HeadSpec:
     )
 
 
-def _hub_bytes(location: str) -> int | None:
-    """Bytes still to download: 0 once cached, None when the hub does not say."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if any(
-        isinstance(try_to_load_from_cache(location, f), str)
-        for f in ("model.safetensors", "model.safetensors.index.json")
-    ):
-        return 0
-    try:
-        files = HfApi().model_info(location, files_metadata=True).siblings or []
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
-        return None
-    return sum(f.size or 0 for f in files if f.rfilename.endswith(".safetensors")) or None
-
-
 def _reason(name: str, error: Exception, what: str) -> str:
     text = str(error)
     first = (text.strip().splitlines() or [type(error).__name__])[0]
-    status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-    if "gated" in text.lower() or status in (401, 403):
-        where = f"https://huggingface.co/{name}"
-        return f"{name} is gated: accept its licence at {where}, then log in (huggingface_hub.login()) and try again"
     if "trust_remote_code" in text:
         return f"{name} brings its own code, which runs on your machine; set trust_remote_code = true if you trust it"
-    if "not a valid model identifier" in text or status == 404:
-        return f"the hub has no model {name}; check the spelling (owner/name), or log in if it is private"
-    if isinstance(error, OSError):
-        return f"cannot read the {what} of {name}: {first.rstrip('.')}; {OFFLINE_HINT}"
-    return f"cannot read the {what} of {name}: {first}"
+    answer = answer_of(error)
+    return sentence(name, answer) if answer else f"cannot read the {what} of {name}: {first}"

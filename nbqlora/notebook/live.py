@@ -3,7 +3,7 @@
 A display with a ``display_id`` is used rather than a widget: a headless run keeps its last state, while a
 widget's saved text stays at its first. At most two updates a second (one on Colab, which replays all
 output on reconnect); the last one is always sent. In static mode (``NBQLORA_DISPLAY=static``, ``--static``,
-Kaggle's Batch runs, which have no front end) nothing updates: the plan, then the result.
+Kaggle's Batch runs, which have no front end) nothing updates: the data, the plan, then the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from IPython.display import display
 
 from nbqlora.core.display import Displayed
-from nbqlora.core.events import Event, NoteEvent, PlannedEvent, StepEvent
+from nbqlora.core.events import DataEvent, Event, NoteEvent, PlannedEvent, StepEvent
 from nbqlora.run import Run
 from nbqlora.view.progress import Progress
 
@@ -59,9 +59,9 @@ class LiveView:
     def __call__(self, event: Event) -> None:
         """Take an event; draw when it is time."""
         self._progress.take(event)
-        if isinstance(event, PlannedEvent):
+        if isinstance(event, DataEvent | PlannedEvent):
             self._clear()
-            show(event.plan)
+            show(event.report if isinstance(event, DataEvent) else event.plan)
         if self._static:
             return
         due = monotonic() - self._sent >= self._interval

@@ -12,14 +12,16 @@ import torch
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, Problem
-from nbqlora.core.specs import DeviceSpec, ModelSpec
+from nbqlora.core.specs import BatchLayout, DeviceSpec, ModelSpec
 from nbqlora.data.encode import EncodedData, encode
 from nbqlora.data.rows import DEMO, read_rows
+from nbqlora.data.template import apply_chat_template_path
 from nbqlora.hub.demo_model import DEMO_NAME, demo_model
 from nbqlora.hub.inspect import locate, read_spec, read_tokenizer
-from nbqlora.hub.save import ADAPTER_FOLDER, WEIGHTS
 from nbqlora.memory.device import device_spec
+from nbqlora.run.layout import choose_layout
 from nbqlora.run.places import default_output_dir, ephemeral_note
+from nbqlora.run.preflight import check_download, preflight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +51,33 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         device: the machine to plan for; None looks at this one.
 
     Raises:
-        ConfigError: ``target_modules`` names no linear of this model.
+        ConfigError: ``target_modules`` names no linear of this model, ``output_dir`` cannot be written, or a
+            layout that was asked for mixes documents in this model.
+        DeviceError: the card has no kernels here.
         ModelError, DataError: one of them cannot be read.
+        OutOfDiskError: the download has no room.
     """
-    location = str(demo_model(say)) if config.model == DEMO_NAME else locate(config.model)
+    output_dir = Path(config.output_dir or default_output_dir(name)).expanduser()
+    here = device is None
+    notes = preflight(config, output_dir) if here else ()
+    location = place_of(config, say)
     spec = read_spec(config.model, location, trust_remote_code=config.trust_remote_code)
     _check_targets(config, spec)
-    tokenizer = read_tokenizer(location, trust_remote_code=config.trust_remote_code)
-    train = _encoded(config, config.data, "train", tokenizer, config.packing)
+    if here:
+        check_download(spec)
+    tokenizer = tokenizer_of(config, location)
+    layout = choose_layout(config, location)
+    train = encoded(config, config.data, "train", tokenizer, layout, say)
     eval_source = config.eval_data
     if eval_source is None and isinstance(config.data, str) and config.data == DEMO:
         eval_source = DEMO
-    evaluation = None if eval_source is None else _encoded(config, eval_source, "eval", tokenizer, config.packing)
+    evaluation = None if eval_source is None else encoded(config, eval_source, "eval", tokenizer, layout, say)
     if evaluation is not None:
-        train = replace(train, stats=replace(train.stats, n_eval_rows=evaluation.stats.n_rows))
-    output_dir = Path(config.output_dir or default_output_dir(name)).expanduser()
+        stats = replace(train.stats, n_eval_rows=evaluation.stats.n_rows)
+        train = replace(train, stats=stats, report=replace(train.report, stats=stats))
     if not torch.cuda.is_available():
         # On a CPU the process itself counts, with all libraries that the run will import.
         import nbqlora.train.trainer  # noqa: F401
-    notes = [ephemeral_note(output_dir.absolute(), os.environ)]
-    if (output_dir / ADAPTER_FOLDER / WEIGHTS).exists():
-        notes.append(f"{output_dir} holds the adapter of an earlier run, which this one replaces")
     return Look(
         location=location,
         spec=spec,
@@ -78,18 +86,39 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         evaluation=evaluation,
         device=device or device_spec(str(output_dir)),
         output_dir=output_dir,
-        notes=tuple(n for n in notes if n),
+        notes=tuple(n for n in (ephemeral_note(output_dir.absolute(), os.environ), *notes) if n),
     )
 
 
-def _encoded(config: FinetuneConfig, source: Any, split: str, tokenizer: Any, packing: bool) -> EncodedData:
+def place_of(config: FinetuneConfig, say: Callable[[str], None]) -> str:
+    """Where the model's files are: a folder, or a hub id. Raises :class:`ModelError`."""
+    return str(demo_model(say)) if config.model == DEMO_NAME else locate(config.model, say)
+
+
+def tokenizer_of(config: FinetuneConfig, location: str) -> Any:
+    """The model's tokenizer, with the chat template that was asked for. Raises ModelError, DataError."""
+    tokenizer = read_tokenizer(location, trust_remote_code=config.trust_remote_code)
+    apply_chat_template_path(tokenizer, config.chat_template_path)
+    return tokenizer
+
+
+def encoded(
+    config: FinetuneConfig,
+    source: Any,
+    split: str,
+    tokenizer: Any,
+    layout: tuple[BatchLayout, str],
+    say: Callable[[str], None],
+) -> EncodedData:
+    """Read, tokenize, count and lay out. Raises :class:`DataError`."""
     return encode(
         read_rows(source, split=split),
         tokenizer,
         max_length=config.max_length,
         assistant_only_loss=config.assistant_only_loss,
-        packing=packing,
-    )
+        layout=layout[0],
+        say=say,
+    ).with_layout(*layout)
 
 
 def _check_targets(config: FinetuneConfig, spec: ModelSpec) -> None:
