@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 view.register_all()
 
 
-def finetune(*, name: str = "run", observe: Observer | None = None, **options: Any) -> Run:
+def finetune(*, name: str = "run", observe: Observer | None = None, resume: bool = False, **options: Any) -> Run:
     """Fine-tune a model with QLoRA.
 
     Args:
         name: names the run and its folder (``runs/<name>`` unless ``output_dir`` is given).
         observe: called with each event (``nbqlora.core.events``) as it happens.
+        resume: go on from the furthest checkpoint in the run's folder; from the beginning where there is none.
         **options: the options of a ``%%finetune`` cell; ``trl`` and ``peft`` are mappings.
 
     Returns:
@@ -36,17 +37,18 @@ def finetune(*, name: str = "run", observe: Observer | None = None, **options: A
         DoesNotFitError: no plan fits the memory; raised before any weights are read.
         DataError, ModelError: the data or the model cannot be read.
         NonFiniteLossError: the loss became NaN; the adapter of the last good step was saved.
+        RunError: ``resume``, and the folder holds another run; with each difference.
 
     Example:
         >>> run = nbqlora.finetune(model="demo", data="demo", max_steps=16)
         >>> print(run.chat("Why is the sky blue?"))
     """
-    return finetune_request(CellRequest(options=options), name=name, observe=observe)
+    return finetune_request(CellRequest(options=options), name=name, observe=observe, resume=resume)
 
 
-def finetune_request(request: CellRequest, *, name: str, observe: Observer | None = None) -> Run:
+def finetune_request(request: CellRequest, *, name: str, observe: Observer | None = None, resume: bool = False) -> Run:
     """:func:`finetune` for options that were written as text: a cell, a file."""
-    return _run.finetune(request, name=name, observe=observe)
+    return _run.finetune(request, name=name, observe=observe, resume=resume)
 
 
 def plan(*, name: str = "run", **options: Any) -> Plan:
@@ -58,9 +60,9 @@ def plan(*, name: str = "run", **options: Any) -> Plan:
     return plan_request(CellRequest(options=options), name=name)
 
 
-def plan_request(request: CellRequest, *, name: str) -> Plan:
+def plan_request(request: CellRequest, *, name: str, observe: Observer | None = None) -> Plan:
     """:func:`plan` for options that were written as text."""
-    return _run.make_plan(request, name=name)
+    return _run.make_plan(request, name=name, observe=observe)
 
 
 def data_report(**options: Any) -> DataReport:

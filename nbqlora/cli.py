@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,31 +16,38 @@ from nbqlora.core.request import CellRequest, parse_toml
 if TYPE_CHECKING:
     from nbqlora.core.events import Event
 
-# What the demo trains: with these settings the three-line style is learned in one pass over 128 rows.
+# What the demo trains: with these settings the three-line style is learned in one pass over 128 rows: 16 steps.
 DEMO_OPTIONS: dict[str, Any] = {
     "model": "demo",
     "data": "demo",
     "max_length": 256,
-    "effective_batch_size": 8,
+    "effective_batch_size": 3,  # packs, of about three rows each
     "learning_rate": 2e-3,
     "lr_scheduler_type": "constant",
     "warmup_ratio": 0,
     "lora_r": 8,
 }
+INTERRUPTED = 128 + signal.SIGINT
 DEMO_PROMPTS = ("Why is the sky dark at night?", "How do magnets work?", "Should I learn to cook?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0 also for a run that was stopped and saved, 1 for an error, 130 for an interrupt that
+        ended the command (a second one, or one before training).
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.do(parsed))
-    except NbqloraError as error:
+    except (NbqloraError, KeyboardInterrupt) as error:
         if parsed.traceback:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        told = isinstance(error, NbqloraError)
+        print(f"{type(error).__name__}: {error}" if told else "interrupted", file=sys.stderr)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what)
         command.add_argument("file", type=Path, help="the options, as TOML: what a %%finetune cell holds")
         command.set_defaults(do=do)
+        if name == "finetune":
+            command.add_argument("--resume", action="store_true", help="go on from the run's furthest checkpoint")
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
     doctor = commands.add_parser("doctor", help="say what would keep a run from working here; status 1 if anything")
     doctor.add_argument("model", nargs="?", help="a hub id, a folder or demo: could it be loaded?")
@@ -99,7 +109,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
     from nbqlora import api
 
-    print(api.plan_request(request, name=parsed.file.stem))
+    print(api.plan_request(request, name=parsed.file.stem, observe=_print))
     return 0
 
 
@@ -107,7 +117,10 @@ def _finetune(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
     from nbqlora import api
 
-    print(api.finetune_request(request, name=parsed.file.stem, observe=_print))
+    run = api.finetune_request(request, name=parsed.file.stem, observe=_print, resume=parsed.resume)
+    print(run)
+    if run.status == "stopped":
+        print(f"to go on from here: nbqlora finetune {parsed.file} --resume")
     return 0
 
 

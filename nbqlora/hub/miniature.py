@@ -117,7 +117,7 @@ def _layers(plain: dict[str, Any]) -> dict[str, Any]:
         # Hybrids that name their attention layers by a period or an index have one within the first eight.
         mixed = any(k in plain for k in ("attn_layer_period", "attn_layer_indices", "hybrid_override_pattern"))
         count = min(plain[name], MAX_LAYERS if mixed else 2)
-    cut = {k: v[:count] for k, v in plain.items() if isinstance(v, list) and len(v) == plain[name]}
+    cut: dict[str, Any] = {k: v[:count] for k, v in plain.items() if isinstance(v, list) and len(v) == plain[name]}
     pattern = plain.get("hybrid_override_pattern")
     if isinstance(pattern, str):
         cut["hybrid_override_pattern"] = pattern[:count]

@@ -1,19 +1,15 @@
-"""An adapter on disk in PEFT's own format, and ``run.json`` beside it; each file whole or not there at all."""
+"""An adapter on disk in PEFT's own format; each file whole or not there at all."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbqlora.core.errors import OutOfDiskError
 from nbqlora.core.plan import SavedAdapter
-from nbqlora.core.units import format_bytes
+from nbqlora.hub.atomic import check_room, hidden_beside, sync
 
 ADAPTER_FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -34,27 +30,44 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path, base_name: str) -
     """
     folder = output_dir / ADAPTER_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    _check_room(model, folder)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = DEMO_ORIGIN if base_name == "demo" else base_name
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+    needed = adapter_bytes(model) + (64 << 20)
+    check_room(folder, needed, "saving the adapter", "free some room and run it again")
+    temporary = hidden_beside(folder)
     try:
-        model.save_pretrained(temporary, save_embedding_layers=False)
+        write_adapter(model, temporary, base_name)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_card(model, base_name), encoding="utf-8")
         files = sorted((f for f in temporary.rglob("*") if f.is_file()), key=lambda f: f.name == WEIGHTS)
         n_bytes = sum(f.stat().st_size for f in files)
-        digest = hashlib.sha256((temporary / WEIGHTS).read_bytes()).hexdigest()
+        digest = sha256(temporary / WEIGHTS)
         for file in files:
-            _sync(file)
+            sync(file)
         for file in files:
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
-        _sync(folder)
+        sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return SavedAdapter(path=str(folder), n_bytes=n_bytes, sha256=digest)
+
+
+def write_adapter(model: Any, folder: Path, base_name: str) -> None:
+    """PEFT's two files and a page about them, written to ``folder`` as they are."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = DEMO_ORIGIN if base_name == "demo" else base_name
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").write_text(_card(model, base_name), encoding="utf-8")
+
+
+def adapter_bytes(model: Any) -> int:
+    """Bytes of the trained parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def sha256(file: Path) -> str:
+    """A file's digest, read in pieces."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _card(model: Any, base_name: str) -> str:
@@ -76,37 +89,3 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
 ```
 """
-
-
-def save_json(value: Mapping[str, Any], path: Path) -> None:
-    """Write JSON beside, sync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _check_room(model: Any, folder: Path) -> None:
-    needed = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + (64 << 20)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutOfDiskError(
-            f"saving the adapter needs {format_bytes(needed)} and {folder} has {format_bytes(free)} free; "
-            "free some room, then call run.save()"
-        )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -54,6 +54,7 @@ class NbqloraMagics(Magics):
     @magic_arguments()
     @argument("name", nargs="?", default="run1", help="the variable that the Run is bound to, and its folder in runs/")
     @argument("--plan", action="store_true", help="say what would be done and why; nothing is loaded")
+    @argument("--resume", action="store_true", help="go on from the run's furthest checkpoint, if it has one")
     @argument("--static", action="store_true", help="no live output: the plan, then the result")
     @argument("--traceback", action="store_true", help="show an error's whole traceback")
     @cell_magic("finetune")
@@ -64,7 +65,8 @@ class NbqloraMagics(Magics):
             name = _check_name(parsed.name)
             request = parse_toml(cell, first_line=2, source="this cell", namespace=self.shell.user_ns)
             _check_not_data(name, request)
-            self.shell.user_ns[name] = _plan(request, name) if parsed.plan else _run(request, name, parsed.static)
+            done = _plan(request, name) if parsed.plan else _run(request, name, parsed.static, parsed.resume)
+            self.shell.user_ns[name] = done
         except NbqloraError as error:
             error.show_traceback = parsed.traceback
             raise
@@ -82,20 +84,25 @@ class NbqloraMagics(Magics):
 
 def _plan(request: CellRequest, name: str) -> Any:
     from nbqlora import api
+    from nbqlora.core.events import DataEvent, Event
     from nbqlora.notebook.live import show
 
-    plan = api.plan_request(request, name=name)
+    def observe(event: Event) -> None:
+        if isinstance(event, DataEvent):
+            show(event.report)
+
+    plan = api.plan_request(request, name=name, observe=observe)
     show(plan)
     return plan
 
 
-def _run(request: CellRequest, name: str, static: bool) -> Any:
+def _run(request: CellRequest, name: str, static: bool, resume: bool) -> Any:
     from nbqlora import api
     from nbqlora.notebook.live import LiveView, is_static
 
     view = LiveView(name, static=is_static(os.environ, static))
     try:
-        result = api.finetune_request(request, name=name, observe=view)
+        result = api.finetune_request(request, name=name, observe=view, resume=resume)
     except BaseException:
         view.fail()
         raise

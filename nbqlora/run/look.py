@@ -41,6 +41,11 @@ class Look:
     output_dir: Path
     notes: tuple[str, ...]
 
+    def laid_out(self, layout: BatchLayout, because: str) -> Look:
+        """The same with its rows laid out otherwise."""
+        evaluation = None if self.evaluation is None else self.evaluation.with_layout(layout, because)
+        return replace(self, train=self.train.with_layout(layout, because), evaluation=evaluation)
+
 
 def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: DeviceSpec | None = None) -> Look:
     """Look at model, data and machine.

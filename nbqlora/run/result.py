@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import RunError
-from nbqlora.core.events import Event
+from nbqlora.core.events import Event, Observer
 from nbqlora.core.plan import Plan
 from nbqlora.core.report import Answer, Comparison, Report, Status
 from nbqlora.engine.generate import generate
@@ -25,15 +26,23 @@ class Run:
         config: what was asked for.
         session: the only owner of the model.
         reload: loads base and adapter again when the session was freed.
+        again: runs these options again, from the furthest checkpoint.
     """
 
     def __init__(
-        self, *, report: Report, config: FinetuneConfig, session: Session, reload: Callable[[Path], LoadedModel]
+        self,
+        *,
+        report: Report,
+        config: FinetuneConfig,
+        session: Session,
+        reload: Callable[[Path], LoadedModel],
+        again: Callable[..., Run],
     ) -> None:
         self.report = report
         self.config = config
         self._session = session
         self._reload = reload
+        self._again = again
         self._folder = Path.cwd()
 
     @property
@@ -90,6 +99,24 @@ class Run:
             for adapter in (False, True)
         )
         return Comparison(rows=tuple(zip(asked, base, tuned, strict=True)))
+
+    def resume(self, *, observe: Observer | None = None) -> Run:
+        """Go on with a stopped run, with the same options, from its furthest checkpoint.
+
+        Args:
+            observe: called with each event, as it happens.
+
+        Returns:
+            The finished run; this one stays as it is.
+
+        Raises:
+            RunError: there is nothing left to do.
+        """
+        if self.status == "done":
+            raise RunError(f"{self.name} is done: all {self.plan.total_steps} steps were taken")
+        folder = self._folder / self.plan.output_dir
+        here = folder.resolve() == Path(self.plan.output_dir).resolve()
+        return self._again(replace(self.config, output_dir=self.plan.output_dir if here else str(folder)), observe)
 
     def plot(self) -> Any:
         """Loss and memory over the steps, as a matplotlib figure."""

@@ -9,94 +9,119 @@ Magic, API and shell all come through :func:`finetune`.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from importlib import metadata
 
 import torch
 
-from nbqlora import planner
 from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.errors import DoesNotFitError, InterruptedRunError, NbqloraError, NonFiniteLossError
-from nbqlora.core.events import (
-    Event,
-    Observer,
-    PlannedEvent,
-    SavedEvent,
-    StepEvent,
-    StoppedEvent,
-)
-from nbqlora.core.plan import Plan, Replacement, SavedAdapter
-from nbqlora.core.report import Report, Status
+from nbqlora.core.events import DataEvent, Observer, PlannedEvent, SavedEvent
+from nbqlora.core.plan import Plan
 from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DeviceSpec
-from nbqlora.core.units import format_bytes, format_minutes
-from nbqlora.core.version import __version__
-from nbqlora.engine.checkpoint import apply_policies, clear_policies
-from nbqlora.engine.head import choose_loss
-from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.core.units import format_bytes
 from nbqlora.engine.quiet import quiet_libraries
-from nbqlora.hub.load import load, load_adapter
-from nbqlora.hub.save import save_adapter, save_json
-from nbqlora.memory.peak import PeakMeter
+from nbqlora.run.job import Job
 from nbqlora.run.journal import Journal
-from nbqlora.run.look import Look, look
+from nbqlora.run.look import look
 from nbqlora.run.result import Run
-from nbqlora.run.session import Session, clear_frames, collect, free_all
+from nbqlora.run.resume import begin
+from nbqlora.run.session import clear_frames, free_all
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
-
-def make_plan(request: CellRequest, *, name: str = "run", device: DeviceSpec | None = None) -> Plan:
+def make_plan(
+    request: CellRequest, *, name: str = "run", device: DeviceSpec | None = None, observe: Observer | None = None
+) -> Plan:
     """Steps 1 to 4 only: nothing is loaded or allocated.
 
     Args:
         device: the machine to plan for; None looks at this one.
+        observe: called with what is found in the data, before anything is planned.
     """
     config = validate(request, table_fields=table_fields)
+    journal = Journal(observe)
     with quiet_libraries(progress_bars=True):
-        return _plan(config, look(config, name, lambda line: None, device))
+        seen = look(config, name, journal.note, device)
+    journal.emit(DataEvent(report=seen.train.report, elapsed_seconds=journal.clock()))
+    return begin(config, seen, resume=False, how=how_to_resume(request, name)).plan
 
 
-def finetune(request: CellRequest, *, name: str = "run", observe: Observer | None = None) -> Run:
+def finetune(request: CellRequest, *, name: str = "run", observe: Observer | None = None, resume: bool = False) -> Run:
     """The whole job.
 
     Args:
         request: what was asked for, unchecked.
         name: names the run and its folder.
         observe: called with each event, as it happens.
+        resume: go on from the furthest checkpoint in the run's folder, from the beginning where there is none.
 
     Raises:
         ConfigError: everything wrong with the request.
+        RunError: the checkpoints in the folder are of another run.
         NbqloraError: whatever else stops it, with the memory of the run given back.
+    """
+    config = validate(request, table_fields=table_fields)
+    return finetune_config(config, observe, name=name, resume=resume, how=how_to_resume(request, name))
+
+
+def finetune_config(config: FinetuneConfig, observe: Observer | None, *, name: str, resume: bool, how: str) -> Run:
+    """:func:`finetune` for options that are checked.
+
+    Args:
+        how: what the user writes to resume, for messages.
     """
     free_all()
     journal = Journal(observe)
-    config = validate(request, table_fields=table_fields)
-    journal.phase("look")
-    with quiet_libraries(progress_bars=True):
-        seen = look(config, name, journal.note)
-    plan = _plan(config, seen)
-    journal.emit(PlannedEvent(plan=plan, elapsed_seconds=journal.clock()))
-    session = Session()
+    job: Job | None = None
     failure: NbqloraError
     try:
         with quiet_libraries(progress_bars=True):
-            return _Job(config, seen, plan, name, session, journal).do()
+            job = _planned(config, journal, name=name, resume=resume, how=how)
+            return job.do()
     except torch.OutOfMemoryError as error:
         clear_frames(error)
-        failure = DoesNotFitError(_out_of_memory(plan, error))
+        if job is None:
+            raise
+        failure = DoesNotFitError(_out_of_memory(job.plan, error) + job.hint())
+    except (NonFiniteLossError, InterruptedRunError) as error:
+        clear_frames(error)
+        failure = type(error)(f"{error}{job.hint() if job else ''}")
     except NbqloraError as error:
         clear_frames(error)
         failure = error.with_traceback(None)
     except KeyboardInterrupt as error:
         clear_frames(error)
-        failure = InterruptedRunError("interrupted before training began; nothing was saved")
+        failure = InterruptedRunError(_interrupted(journal) + (job.hint() if job else ""))
     except BaseException as error:
         clear_frames(error)
-        session.free()
+        if job is not None:
+            job.session.free()
+            if job.hint():
+                error.add_note(job.hint())
         raise
-    session.free()
+    if job is not None:
+        job.session.free()
     raise failure from None
+
+
+def _planned(config: FinetuneConfig, journal: Journal, *, name: str, resume: bool, how: str) -> Job:
+    """Steps 3 and 4, told."""
+    journal.phase("look")
+    seen = look(config, name, journal.note)
+    journal.emit(DataEvent(report=seen.train.report, elapsed_seconds=journal.clock()))
+    beginning = begin(config, seen, resume=resume, how=how)
+    job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config)
+    journal.emit(PlannedEvent(plan=beginning.plan, elapsed_seconds=journal.clock()))
+    return job
+
+
+def _interrupted(journal: Journal) -> str:
+    """An interrupt that no one took: before training, or once more while saving."""
+    steps, saved = journal.steps(), [e for e in journal.events if isinstance(e, SavedEvent)]
+    if not steps:
+        return "interrupted before training began; nothing was saved"
+    if saved and saved[-1].step == steps[-1].step:
+        return f"interrupted while saving; what was saved last is {saved[-1].path}"
+    return "interrupted while saving; the adapter on disk, if any, is of an earlier run"
 
 
 def table_fields(table: str) -> frozenset[str]:
@@ -110,121 +135,11 @@ def table_fields(table: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(LoraConfig))
 
 
-def _plan(config: FinetuneConfig, seen: Look) -> Plan:
-    return planner.make_plan(
-        config, seen.spec, seen.device, seen.train.stats, output_dir=str(seen.output_dir), notes=seen.notes
-    )
-
-
-class _Job:
-    """Steps 5 to 9 on one plan."""
-
-    def __init__(
-        self, config: FinetuneConfig, seen: Look, plan: Plan, name: str, session: Session, journal: Journal
-    ) -> None:
-        self._config, self._seen, self._plan, self._name = config, seen, plan, name
-        self._session, self._journal = session, journal
-        self._peak_bytes = 0
-        self._replacements: tuple[Replacement, ...] = ()
-
-    def do(self) -> Run:
-        self._journal.phase(
-            "load", f"{self._plan.model.name} in {'NF4' if self._plan.load_in_4bit else self._plan.dtype}"
-        )
-        self._session.loaded = load(self._config, self._plan, self._seen.location, self._seen.tokenizer)
-        try:
-            self._train()
-        except NonFiniteLossError:
-            self._finish("failed", self._save())
-            raise
-        except KeyboardInterrupt:
-            saved = self._save()
-            self._finish("failed", saved, "interrupted twice")
-            kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
-            raise InterruptedRunError(f"interrupted in the middle of a step; {kept}") from None
-        stopped = [e for e in self._journal.events if isinstance(e, StoppedEvent)]
-        report = self._finish("stopped" if stopped else "done", self._save(), stopped[0].reason if stopped else "")
-        reload = partial(load_adapter, self._config, self._plan, self._seen.location, self._seen.tokenizer)
-        return Run(report=report, config=self._config, session=self._session, reload=reload)
-
-    def _loaded(self) -> LoadedModel:
-        assert self._session.loaded is not None
-        return self._session.loaded
-
-    def _train(self) -> None:
-        from nbqlora.train.events import EventCallback, StepMeter
-        from nbqlora.train.stop import Stop
-        from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
-
-        loaded, plan = self._loaded(), self._plan
-        policies = apply_policies(loaded.model, plan.layer_policies)
-        loss, chosen = choose_loss(
-            loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
-        )
-        self._replacements = (*loaded.replacements, chosen, *policies)
-        stopping = partial(self._journal.note, "stopping after this step; a second interrupt drops the step")
-        meter, stop = StepMeter(), Stop(self._config.max_minutes, stopping)
-        peak = PeakMeter(plan.device.kind)
-        events = EventCallback(emit=self._step, meter=meter, stop=stop, peak=peak.read, clock=self._journal.clock)
-        evaluation = self._seen.evaluation
-        trainer = QLoraTrainer(
-            loaded=loaded,
-            arguments=trainer_arguments(self._config, plan, evaluation is not None),
-            train_dataset=self._seen.train.dataset,
-            eval_dataset=None if evaluation is None else evaluation.dataset,
-            loss=loss,
-            meter=meter,
-            find_rows=self._seen.train.find_rows,
-            callbacks=[events],
-        )
-        if evaluation is not None:
-            self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
-        try:
-            peak.start()
-            with stop:
-                trainer.train()
-        finally:
-            peak.stop()
-            self._peak_bytes = peak.read()
-            trainer.release()
-            clear_policies(loaded.model)
-            collect()
-
-    def _step(self, event: Event) -> None:
-        self._journal.emit(event)
-        if isinstance(event, StepEvent) and len(self._journal.steps()) == 1 and event.total_steps > 1:
-            minutes = format_minutes(event.seconds * event.total_steps)
-            self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
-
-    def _save(self) -> SavedAdapter | None:
-        steps = self._journal.steps()
-        if not steps:
-            return None
-        self._journal.phase("save")
-        loaded = self._loaded()
-        saved = save_adapter(loaded.model, loaded.tokenizer, self._seen.output_dir, self._config.model)
-        event = SavedEvent(
-            step=steps[-1].step, path=saved.path, n_bytes=saved.n_bytes, elapsed_seconds=self._journal.clock()
-        )
-        self._journal.emit(event)
-        return saved
-
-    def _finish(self, status: Status, saved: SavedAdapter | None, reason: str = "") -> Report:
-        report = Report(
-            name=self._name,
-            plan=self._plan,
-            status=status,
-            reason=reason,
-            events=tuple(self._journal.events),
-            tokens_per_second=self._journal.tokens_per_second(),
-            measured_peak_bytes=self._peak_bytes,
-            seconds=self._journal.clock(),
-            adapter=saved,
-            replacements=self._replacements,
-            versions={"nbqlora": __version__, **{name: metadata.version(name) for name in LIBRARIES}},
-        )
-        save_json({"config": self._config.as_dict(), **report.as_dict()}, self._seen.output_dir / "run.json")
-        return report
+def how_to_resume(request: CellRequest, name: str) -> str:
+    """What to write to go on with a run: in a cell, a shell or Python, wherever the request came from."""
+    if request.source == "this cell":
+        return f"write %%finetune {name} --resume"
+    return f"run nbqlora finetune {request.source} --resume" if request.line_of else "call it with resume=True"
 
 
 def _out_of_memory(plan: Plan, error: Exception) -> str:

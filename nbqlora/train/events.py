@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nbqlora.core.events import EvalEvent, Observer, PhaseEvent, StepEvent, StoppedEvent
-from nbqlora.train.stop import Stop
+from nbqlora.core.events import EvalEvent, NoteEvent, Observer, PhaseEvent, StepEvent, StoppedEvent
+from nbqlora.train.stop import EvaluationCutError, Stop
 
 
 class StepMeter:
@@ -30,6 +30,7 @@ class EventCallback(TrainerCallback):
         stop: asked after each step.
         peak: bytes, highest since the run began.
         clock: seconds since the run began.
+        save_seconds: ask for a checkpoint this often, 0 for only at a stop and at the end.
     """
 
     def __init__(
@@ -40,28 +41,42 @@ class EventCallback(TrainerCallback):
         stop: Stop,
         peak: Callable[[], int],
         clock: Callable[[], float],
+        save_seconds: float,
     ) -> None:
         self._emit, self._meter, self._stop, self._peak, self._clock = emit, meter, stop, peak, clock
-        self._mark = perf_counter()
+        self._save_seconds = save_seconds
+        self._mark = self._saved = perf_counter()
         self._seconds = 0.0
         self._ending = ""
-        self.step = 0
+        self._save_at_epoch_end = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The loop starts."""
-        self._emit(PhaseEvent(phase="train", detail=f"{state.max_steps} steps", elapsed_seconds=self._clock()))
-        self._mark = perf_counter()
+        done = f"{state.max_steps - state.global_step} of " if state.global_step else ""
+        self._emit(PhaseEvent(phase="train", detail=f"{done}{state.max_steps} steps", elapsed_seconds=self._clock()))
+        self._mark = self._saved = perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From here until the step is told, no second interrupt: an adapter is of one step or of the next."""
+        self._stop.hold()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step is whole: adapter, optimizer and schedule are consistent, so here a run may end."""
         now = perf_counter()
         self._seconds, self._mark = now - self._mark, now
-        self.step = state.global_step
+        self._stop.step_done(self._seconds)
         control.should_log = True  # every step is an event, whatever logging_steps says
         reason = self._stop.reason
-        if reason and state.global_step < state.max_steps:
+        last = state.global_step >= state.max_steps
+        if reason:
+            control.should_evaluate = False
+        if reason and not last:
             control.should_training_stop = True
             self._ending = reason
+        if reason or last or 0 < self._save_seconds <= now - self._saved:
+            # The end of an epoch brings an evaluation: a checkpoint behind it has its result.
+            self._save_at_epoch_end = bool(reason) or last or float(state.epoch).is_integer()
+            control.should_save = not self._save_at_epoch_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """A step's figures; Trainer's last log, which holds no loss, is passed over."""
@@ -82,16 +97,46 @@ class EventCallback(TrainerCallback):
             )
         )
         if self._ending:
-            self._emit(StoppedEvent(step=state.global_step, reason=self._ending, elapsed_seconds=self._clock()))
+            self._tell_stop(state.global_step, self._ending)
             self._ending = ""
+        self._stop.release()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stopped run saves at once, without the evaluation that the end of an epoch would bring."""
         if self._stop.reason:
             control.should_evaluate = False
+            if not control.should_training_stop:  # asked for since the epoch's last step
+                control.should_training_stop = self._save_at_epoch_end = True
+                self._tell_stop(state.global_step, self._stop.reason)
+        control.should_save, self._save_at_epoch_end = self._save_at_epoch_end, False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint was asked for and written, or could not be; its time belongs to no step."""
+        self._mark = self._saved = perf_counter()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A stop does not wait for the minutes of an evaluation.
+
+        The run then ends with the steps that it has; where it has none, in the evaluation before training,
+        with its first.
+
+        Raises:
+            EvaluationCutError: the trainer's ``evaluate`` takes it.
+        """
+        if not self._stop.reason:
+            return
+        self._emit(NoteEvent(text="this evaluation was cut short", elapsed_seconds=self._clock()))
+        self._mark = perf_counter()
+        if 0 < state.global_step < state.max_steps and not control.should_training_stop:
+            control.should_training_stop = control.should_save = True
+            self._tell_stop(state.global_step, self._stop.reason)
+        raise EvaluationCutError
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An evaluation is done; its time belongs to no step."""
         event = EvalEvent(step=state.global_step, loss=self._meter.eval_loss, elapsed_seconds=self._clock())
         self._emit(event)
         self._mark = perf_counter()
+
+    def _tell_stop(self, step: int, reason: str) -> None:
+        self._emit(StoppedEvent(step=step, reason=reason, elapsed_seconds=self._clock()))

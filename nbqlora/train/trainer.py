@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, NonFiniteLossError, Problem
 from nbqlora.core.plan import Plan
+from nbqlora.core.specs import BatchLayout
 from nbqlora.engine.head import LossFunction
 from nbqlora.engine.loaded import LoadedModel, autocast
 from nbqlora.train.batch import MicroBatch, count_tokens, documents
 from nbqlora.train.events import StepMeter
+from nbqlora.train.interruptible import InterruptibleTrainer
+from nbqlora.train.resumable import ResumableTrainer, SaveState
+from nbqlora.train.traces import forget_in_bitsandbytes, instance_forwards, restore_forwards
 
 INITIAL_LOSS_SCALE = 2.0**10
 
@@ -66,7 +70,7 @@ def trainer_arguments(config: FinetuneConfig, plan: Plan, has_eval: bool) -> SFT
         "fp16": plan.dtype == "fp16",
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        "padding_free": config.packing,
+        "padding_free": plan.data.layout is not BatchLayout.PADDED,
         "eval_strategy": "epoch" if has_eval else "no",
         "eval_on_start": has_eval,
         "report_to": config.report_to if isinstance(config.report_to, str) else list(config.report_to),
@@ -84,7 +88,7 @@ def _refused(key: str, message: str) -> ConfigError:
     return ConfigError([Problem(key=key, message=message)])
 
 
-class QLoraTrainer(SFTTrainer):
+class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
     """TRL's trainer on a loaded model.
 
     Args:
@@ -92,6 +96,7 @@ class QLoraTrainer(SFTTrainer):
         loss: sum of losses and number of supervised tokens of a batch.
         meter: filled for the event callback.
         find_rows: names the rows of a failing batch.
+        save_state: takes the state at each checkpoint.
     """
 
     def __init__(
@@ -104,12 +109,13 @@ class QLoraTrainer(SFTTrainer):
         loss: LossFunction,
         meter: StepMeter,
         find_rows: FindRows,
+        save_state: SaveState,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self._loaded, self._loss, self._meter, self._find_rows = loaded, loss, meter, find_rows
         self._micro_batches: list[MicroBatch] = []
         self._eval_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._own_forwards = _instance_forwards(loaded.model)
+        self._own_forwards = instance_forwards(loaded.model)
         exact = {name: p.data for name, p in loaded.model.named_parameters() if p.requires_grad}
         arguments._n_gpu = 1  # with two cards Trainer would wrap the model in DataParallel
         super().__init__(
@@ -118,6 +124,7 @@ class QLoraTrainer(SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=loaded.tokenizer,
+            save_state=save_state,
             callbacks=[_FiniteCallback(self), *callbacks],
         )
         for name, p in loaded.model.named_parameters():
@@ -198,28 +205,9 @@ class QLoraTrainer(SFTTrainer):
             holder.optimizer = holder.lr_scheduler = None
         self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
         self._micro_batches, self._eval_sums = [], []
-        _forget_in_bitsandbytes(self.model)
-        for module, own in self._own_forwards.items():
-            module.__dict__.pop("forward", None)
-            if own is not None:
-                module.forward = own
-            for left in ("_original_forward", "_is_accelerate_prepared"):
-                module.__dict__.pop(left, None)
+        forget_in_bitsandbytes(self.model)
+        restore_forwards(self._own_forwards)
         self.model.zero_grad(set_to_none=True)
-
-
-def _forget_in_bitsandbytes(model: torch.nn.Module) -> None:
-    """Let bitsandbytes' process-wide optimizer registry drop this model's embeddings.
-
-    Trainer registers every embedding there for 8-bit optimizers, and nothing takes it out again: a 1B model
-    left its 501 MiB embedding on the card after the run.
-    """
-    from bitsandbytes.optim import GlobalOptimManager
-
-    registry = GlobalOptimManager.get_instance()
-    own = set(model.modules())
-    triples = registry.module_weight_config_triple
-    registry.module_weight_config_triple = [t for t in triples if t[0] not in own]
 
 
 class _FiniteCallback(TrainerCallback):
@@ -231,11 +219,6 @@ class _FiniteCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """All gradients of the step are there, clipped; nothing was updated yet."""
         self._trainer.check_finite()
-
-
-def _instance_forwards(model: Any) -> dict[Any, Any]:
-    """The ``forward`` that each of the two outer modules carries on the instance, None for its class's own."""
-    return {m: m.__dict__.get("forward") for m in (model, model.get_base_model())}
 
 
 def _not_finite(loss_is_finite: bool, last_step: int, rows: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ PHASES = {
     "look": "looking at model, data and machine",
     "load": "loading",
     "train": "training",
+    "stop": "stopping",
     "save": "saving",
 }
 SPARK_POINTS = 120

@@ -20,6 +20,7 @@ from nbqlora.hub.load import load
 from nbqlora.planner import make_plan
 from nbqlora.run.look import look
 from nbqlora.train.events import EventCallback, StepMeter
+from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
 from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
 from tests import tiny
@@ -44,6 +45,7 @@ class Parts:
     loaded: LoadedModel
     trainer: QLoraTrainer
     events: list[Event] = field(default_factory=list)
+    states: list[TrainingState] = field(default_factory=list)
 
     @property
     def losses(self) -> list[float]:
@@ -81,8 +83,11 @@ def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: A
         loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
     )
     events: list[Event] = []
+    states: list[TrainingState] = []
     meter = StepMeter()
-    callback = EventCallback(emit=events.append, meter=meter, stop=Stop(), peak=lambda: 0, clock=lambda: 0.0)
+    callback = EventCallback(
+        emit=events.append, meter=meter, stop=Stop(), peak=lambda: 0, clock=lambda: 0.0, save_seconds=0
+    )
     trainer = QLoraTrainer(
         loaded=loaded,
         arguments=trainer_arguments(config, plan, seen.evaluation is not None),
@@ -91,9 +96,10 @@ def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: A
         loss=loss,
         meter=meter,
         find_rows=seen.train.find_rows,
+        save_state=states.append,
         callbacks=[callback],
     )
-    return Parts(config, plan, loaded, trainer, events)
+    return Parts(config, plan, loaded, trainer, events, states)
 
 
 def base(folder: Path, adapter: Path | None = None) -> Any:
@@ -109,15 +115,16 @@ def base(folder: Path, adapter: Path | None = None) -> Any:
 
 def own_loss(model: Any, rows: list[dict[str, Any]], max_length: int = 96) -> tuple[float, int]:
     """Mean loss a supervised token over all rows, row by row from the model's own logits, and the tokens."""
+    from nbqlora.core.specs import BatchLayout
     from nbqlora.data.encode import encode
     from nbqlora.data.rows import read_rows
 
-    encoded = encode(read_rows(rows), tiny.make_tokenizer(), max_length=max_length).rows
+    data = encode(read_rows(rows), tiny.make_tokenizer(), max_length=max_length, layout=BatchLayout.PADDED)
     total, count = 0.0, 0
     with torch.no_grad():
-        for row in encoded:
-            logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1].double()
-            labels = torch.tensor(row.labels[1:])
+        for row in data.dataset:
+            logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1].double()
+            labels = torch.tensor(row["labels"][1:])
             total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
             count += int((labels != -100).sum())
     return total / count, count

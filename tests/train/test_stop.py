@@ -1,59 +1,32 @@
-"""An interrupt finishes the step and keeps the work; a second one raises; each leaves the handler as it was."""
+"""An interrupt finishes the step and keeps the work; a second one raises; each leaves the handlers as they were."""
 
 from __future__ import annotations
 
+import _thread
 import json
-import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nbqlora
-from nbqlora.core.events import EvalEvent, NoteEvent, StepEvent, StoppedEvent
-from nbqlora.train.stop import INTERRUPTED, TIME_IS_UP, Stop
+from nbqlora.core.errors import InterruptedRunError
+from nbqlora.core.events import EvalEvent, PhaseEvent, StepEvent, StoppedEvent
+from nbqlora.train.stop import INTERRUPTED, TERMINATED, TIME_IS_UP
 from tests import tiny
+from tests.train.interrupts import ROWS, After, handler, interrupt
 from tests.train.parts import finetune
 
-ROWS = tiny.make_rows(12)
+__all__ = ["handler"]  # autouse
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def handler() -> Iterator[Any]:
-    """Whatever a test does, SIGINT is handled afterwards as it was before."""
-    before = signal.getsignal(signal.SIGINT)
-    yield before
-    after = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
-    assert after is before
-
-
-def interrupt() -> None:
-    """As the terminal or ipykernel does it: from outside the main thread."""
-    thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
-    thread.start()
-    thread.join()
-
-
-class After:
-    """Interrupts when a step is told."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.events: list[Any] = []
-
-    def __call__(self, event: Any) -> None:
-        self.events.append(event)
-        if isinstance(event, StepEvent) and event.step == self.step:
-            interrupt()
 
 
 def test_the_first_interrupt_finishes_the_step_and_saves(model: Path, tmp_path: Path) -> None:
@@ -66,8 +39,8 @@ def test_the_first_interrupt_finishes_the_step_and_saves(model: Path, tmp_path: 
     (stopped,) = (e for e in observe.events if isinstance(e, StoppedEvent))
     assert (stopped.step, stopped.reason) == (3, INTERRUPTED)
     assert sum(isinstance(e, EvalEvent) for e in observe.events) == 1  # the one before training
-    notes = [e.text for e in observe.events if isinstance(e, NoteEvent)]
-    assert "stopping after this step; a second interrupt drops the step" in notes
+    said = [e.detail for e in observe.events if isinstance(e, PhaseEvent) and e.phase == "stop"]
+    assert said == ["after this step; a second interrupt drops the step"]
     # What is saved is the adapter of that step: the same as of a run of three steps.
     three = finetune(model, ROWS, tmp_path / "three", max_steps=3, eval_data=ROWS[:2])
     assert three.status == "done"
@@ -79,12 +52,13 @@ def test_a_second_interrupt_raises(model: Path, tmp_path: Path) -> None:
     class Twice(After):
         def __call__(self, event: Any) -> None:
             super().__call__(event)
-            if isinstance(event, NoteEvent) and event.text.startswith("stopping"):
+            if isinstance(event, PhaseEvent) and event.phase == "stop":
                 interrupt()
 
     observe = Twice(2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match=r"interrupted in the middle of a step; the adapter is in ") as caught:
         finetune(model, ROWS, tmp_path, max_steps=9, observe=observe)
+    assert isinstance(caught.value, KeyboardInterrupt)
     assert [e.step for e in observe.events if isinstance(e, StepEvent)] == [1, 2]
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
     # What is kept is the last whole step.
@@ -103,38 +77,69 @@ def test_a_stop_inside_an_epoch_of_small_batches(model: Path, tmp_path: Path) ->
     assert run.status == "stopped" and [e.step for e in run.report.steps] == [1, 2]
 
 
-def test_time_is_up_after_one_step(model: Path, tmp_path: Path) -> None:
-    run = finetune(model, ROWS, tmp_path, max_steps=9, max_minutes=1e-6)
+@pytest.mark.parametrize(
+    ("by", "reason"), [(_thread.interrupt_main, INTERRUPTED), (partial(interrupt, signal.SIGTERM), TERMINATED)]
+)
+def test_another_threads_interrupt_and_a_termination_count_as_well(
+    model: Path, tmp_path: Path, by: Callable[[], None], reason: str
+) -> None:
+    run = finetune(model, ROWS, tmp_path, max_steps=9, observe=After(1, by))
+    assert (run.status, run.report.reason, len(run.report.steps)) == ("stopped", reason, 2)
+    assert (run.adapter_dir / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_always_takes_one_step(model: Path, tmp_path: Path) -> None:
+    run = finetune(model, ROWS, tmp_path, max_steps=9, max_minutes=1e-6, eval_data=ROWS)
     assert (run.status, run.report.reason) == ("stopped", TIME_IS_UP)
     assert len(run.report.steps) == 1 and run.adapter_dir.is_dir()
+    assert run.report.evals == (), "the evaluation before training was not cut"
 
 
-def test_outside_the_main_thread_no_handler_is_set_and_it_trains(model: Path, tmp_path: Path, handler: Any) -> None:
+def test_max_minutes_count_from_the_start_and_leave_room_for_the_next_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = 0.0
+
+    def observe(event: Any) -> None:
+        nonlocal minutes
+        if isinstance(event, StepEvent) or (isinstance(event, PhaseEvent) and event.phase == "load"):
+            minutes += 1
+
+    for module in ("nbqlora.run.journal", "nbqlora.train.events"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: minutes * 60)
+    run = finetune(model, ROWS, tmp_path, max_steps=9, max_minutes=5.5, observe=observe)
+    # Loading takes a minute, a step one (the first none): the fifth ends at five, and a sixth has no room.
+    assert (run.status, run.report.reason, len(run.report.steps)) == ("stopped", TIME_IS_UP, 5)
+    assert run.report.seconds <= 6 * 60
+
+
+def test_outside_the_main_thread_no_handler_is_set_and_time_still_ends_it(
+    model: Path, tmp_path: Path, handler: Any
+) -> None:
     runs: list[nbqlora.Run] = []
     handlers: list[Any] = []
 
+    def observe(_: Any) -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+
     def work() -> None:
-        runs.append(
-            finetune(
-                model, ROWS, tmp_path, max_steps=2, observe=lambda _: handlers.append(signal.getsignal(signal.SIGINT))
-            )
-        )
+        runs.append(finetune(model, ROWS, tmp_path, max_steps=9, max_minutes=1e-6, observe=observe))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert runs[0].status == "done" and len(runs[0].report.steps) == 2
+    assert runs[0].status == "stopped" and len(runs[0].report.steps) == 1
     assert all(h is handler for h in handlers)
 
 
-def test_the_handler_is_there_only_while_training(model: Path, tmp_path: Path, handler: Any) -> None:
-    seen: list[tuple[str, bool]] = []
+def test_the_handler_is_there_while_training_and_saving(model: Path, tmp_path: Path, handler: Any) -> None:
+    seen: set[tuple[str, bool]] = set()
 
     def look(event: Any) -> None:
-        seen.append((type(event).__name__, signal.getsignal(signal.SIGINT) is handler))
+        seen.add((type(event).__name__, signal.getsignal(signal.SIGINT) is handler))
 
     finetune(model, ROWS, tmp_path, max_steps=1, observe=look)
-    assert ("StepEvent", False) in seen and ("SavedEvent", True) in seen and ("PlannedEvent", True) in seen
+    assert {("PlannedEvent", True), ("StepEvent", False), ("SavedEvent", False)} <= seen
 
 
 def test_an_error_in_training_restores_the_handler(model: Path, tmp_path: Path) -> None:
@@ -144,29 +149,3 @@ def test_an_error_in_training_restores_the_handler(model: Path, tmp_path: Path) 
 
     with pytest.raises(LookupError, match="a view of the user's own"):
         finetune(model, ROWS, tmp_path, max_steps=3, observe=fail)
-
-
-def test_stop_by_request_and_once() -> None:
-    stop = Stop()
-    assert stop.reason == ""
-    stop.request("enough")
-    stop.request("more")
-    assert stop.reason == "enough"
-
-
-def test_a_note_that_cannot_be_printed_now_does_not_stop_the_run() -> None:
-    def refuse() -> None:
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
-
-    with Stop(on_request=refuse) as stop:
-        interrupt()
-        assert stop.reason == INTERRUPTED
-        with pytest.raises(KeyboardInterrupt):
-            interrupt()
-
-
-def test_an_interrupt_after_time_is_up_is_still_the_first() -> None:
-    with Stop(max_minutes=1e-9) as stop:
-        assert stop.reason == TIME_IS_UP
-        interrupt()
-        assert stop.reason == INTERRUPTED

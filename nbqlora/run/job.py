@@ -1,0 +1,216 @@
+"""Steps 5 to 9 on one plan: load, train, save, report, from the first step or after a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import InterruptedRunError, NonFiniteLossError
+from nbqlora.core.events import Event, PlannedEvent, SavedEvent, StepEvent, StoppedEvent
+from nbqlora.core.plan import Replacement, SavedAdapter
+from nbqlora.core.report import Report, Status
+from nbqlora.core.specs import BatchLayout
+from nbqlora.core.units import format_minutes
+from nbqlora.engine.checkpoint import apply_policies, clear_policies
+from nbqlora.engine.head import choose_loss
+from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.engine.packing import PackingProbe
+from nbqlora.hub.atomic import save_json
+from nbqlora.hub.checkpoint import load_adapter_weights
+from nbqlora.hub.load import load, load_adapter
+from nbqlora.hub.save import save_adapter
+from nbqlora.memory.peak import PeakMeter
+from nbqlora.run.history import unpack_events
+from nbqlora.run.journal import Journal
+from nbqlora.run.layout import probe_loaded, settle
+from nbqlora.run.look import Look
+from nbqlora.run.result import Run
+from nbqlora.run.resume import Beginning, begin, resumed
+from nbqlora.run.saver import Saver, training_state
+from nbqlora.run.session import Session, clear_frames, collect
+from nbqlora.run.versions import versions
+from nbqlora.train.state import TrainingState
+from nbqlora.train.stop import Stop
+
+# Rows whose tokens the loaded model is probed with.
+FEW_ROWS = 3
+
+
+class Job:
+    """Steps 5 to 9 on one plan."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        seen: Look,
+        beginning: Beginning,
+        *,
+        name: str,
+        journal: Journal,
+        how: str,
+        again: Callable[..., Run],
+    ) -> None:
+        self._config, self._name, self._how, self._again = config, name, how, again
+        self.session, self._journal = Session(), journal
+        self._peak_bytes = 0
+        self._replacements: tuple[Replacement, ...] = ()
+        self._begins_after = 0
+        self._take(seen, beginning)
+        if self._checkpoint is not None:
+            state, self._begins_after = self._checkpoint.state, self._checkpoint.step
+            journal.restore(unpack_events(state["events"]), state["seconds"], [*state["parts"], self._begins_after])
+            self._peak_bytes = max(e.peak_bytes for e in journal.steps())
+        stopping = partial(journal.phase, "stop", "after this step; a second interrupt drops the step")
+        self._stop = Stop(config.max_minutes, stopping, journal.since_call)
+
+    def _take(self, seen: Look, beginning: Beginning) -> None:
+        self._seen, self.plan, self._checkpoint = seen, beginning.plan, beginning.checkpoint
+        self._saver = Saver(self._config, beginning, seen.output_dir, self.session, self._journal)
+
+    def hint(self) -> str:
+        """A line on where to go on after a failure; "" before the first checkpoint."""
+        step = self._saver.furthest
+        return f"\n  {self._how} to go on after step {step} of {self.plan.total_steps}" if step else ""
+
+    def do(self) -> Run:
+        """Load, train, save, report."""
+        self._load()
+        with self._stop:
+            report = self._trained()
+        reload = partial(load_adapter, self._config, self.plan, self._seen.location, self._seen.tokenizer)
+        again = partial(self._again, name=self._name, resume=True, how=self._how)
+        return Run(report=report, config=self._config, session=self.session, reload=reload, again=again)
+
+    def _load(self) -> None:
+        plan = self.plan
+        self._journal.phase("load", f"{plan.model.name} in {'NF4' if plan.load_in_4bit else plan.dtype}")
+        self.session.loaded = load(self._config, plan, self._seen.location, self._seen.tokenizer)
+        if self._checkpoint is not None:
+            load_adapter_weights(self.session.loaded.model, self._checkpoint.folder)
+            self._journal.note(resumed(self._checkpoint))
+        if plan.data.layout is not BatchLayout.PADDED:
+            self._check_layout(probe_loaded(self.session.loaded, self._seen.train.dataset[:FEW_ROWS]["input_ids"]))
+
+    def _check_layout(self, found: PackingProbe) -> None:
+        """Pad the rows, and plan again, where the loaded model mixes documents that its miniature kept apart."""
+        if found.exact:
+            return
+        seen = self._seen.laid_out(*settle(self._config, found))
+        resume = self._checkpoint is not None
+        self._take(seen, begin(self._config, seen, resume=resume, how=self._how))
+        self._journal.note(f"planned again, with padding: {found.because}")
+        self._journal.emit(PlannedEvent(plan=self.plan, elapsed_seconds=self._journal.clock()))
+
+    def _trained(self) -> Report:
+        """Train, then save, whatever happened; what is written is held against further interrupts."""
+        failure: NonFiniteLossError | KeyboardInterrupt | None = None
+        try:
+            if self._begins_after < self.plan.total_steps:
+                self._train()
+        except (NonFiniteLossError, KeyboardInterrupt) as error:
+            clear_frames(error)
+            failure = error
+        stopped = [e.reason for e in self._journal.events if isinstance(e, StoppedEvent)]
+        twice = isinstance(failure, KeyboardInterrupt)
+        status: Status = "failed" if failure else "stopped" if stopped else "done"
+        with self._stop.held():
+            saved = self._save()
+            report = self._finish(status, saved, "interrupted twice" if twice else "".join(stopped[:1]))
+        if twice:
+            kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
+            raise InterruptedRunError(f"interrupted in the middle of a step; {kept}")
+        if failure:
+            raise failure
+        return report
+
+    def _checkpoint_now(self, state: TrainingState) -> None:
+        with self._stop.held():
+            self._saver(state)
+
+    def _loaded(self) -> LoadedModel:
+        assert self.session.loaded is not None
+        return self.session.loaded
+
+    def _train(self) -> None:
+        from nbqlora.train.events import EventCallback, StepMeter
+        from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
+
+        loaded, plan = self._loaded(), self.plan
+        policies = apply_policies(loaded.model, plan.layer_policies)
+        loss, chosen = choose_loss(
+            loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
+        )
+        self._replacements = (*loaded.replacements, chosen, *policies)
+        meter = StepMeter()
+        peak = PeakMeter(plan.device.kind)
+        events = EventCallback(
+            emit=self._step,
+            meter=meter,
+            stop=self._stop,
+            peak=peak.read,
+            clock=self._journal.clock,
+            save_seconds=self._config.save_minutes * 60,
+        )
+        evaluation = self._seen.evaluation
+        trainer = QLoraTrainer(
+            loaded=loaded,
+            arguments=trainer_arguments(self._config, plan, evaluation is not None),
+            train_dataset=self._seen.train.dataset,
+            eval_dataset=None if evaluation is None else evaluation.dataset,
+            loss=loss,
+            meter=meter,
+            find_rows=self._seen.train.find_rows,
+            save_state=self._checkpoint_now,
+            callbacks=[events],
+        )
+        if evaluation is not None and self._checkpoint is None:
+            self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
+        try:
+            peak.start()
+            if self._checkpoint is None:
+                trainer.train()
+            else:
+                trainer.go_on(training_state(self._checkpoint))
+        finally:
+            peak.stop()
+            self._peak_bytes = peak.read()
+            trainer.release()
+            clear_policies(loaded.model)
+            collect()
+
+    def _step(self, event: Event) -> None:
+        self._journal.emit(event)
+        if isinstance(event, StepEvent) and event.step == self._begins_after + 1 < event.total_steps:
+            minutes = format_minutes(event.seconds * (event.total_steps - self._begins_after))
+            self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
+
+    def _save(self) -> SavedAdapter | None:
+        steps = self._journal.steps()
+        if not steps:
+            return None
+        self._journal.phase("save")
+        loaded = self._loaded()
+        saved = save_adapter(loaded.model, loaded.tokenizer, self._seen.output_dir, self._config.model)
+        event = SavedEvent(
+            step=steps[-1].step, path=saved.path, n_bytes=saved.n_bytes, elapsed_seconds=self._journal.clock()
+        )
+        self._journal.emit(event)
+        return saved
+
+    def _finish(self, status: Status, saved: SavedAdapter | None, reason: str = "") -> Report:
+        report = Report(
+            name=self._name,
+            plan=self.plan,
+            status=status,
+            reason=reason,
+            events=tuple(self._journal.events),
+            tokens_per_second=self._journal.tokens_per_second(),
+            measured_peak_bytes=self._peak_bytes,
+            seconds=self._journal.clock(),
+            adapter=saved,
+            replacements=self._replacements,
+            versions=versions(),
+        )
+        save_json({"config": self._config.as_dict(), **report.as_dict()}, self._seen.output_dir / "run.json")
+        return report

@@ -1,0 +1,125 @@
+"""What a training loop holds between two steps besides the adapter: taken out as tensors and plain values, put back.
+
+Between two steps the future is decided by five things: the parameters, the optimizer's state, the
+schedule's, the loss scale, and where four random number generators stand. The data's order is the
+sampler's, which is seeded by the epoch or draws from those generators when an epoch begins; so their
+position at the beginning of the epoch is kept beside the present one.
+
+Everything becomes tensors by name, and values that JSON holds exactly (Python writes a float so that the
+same one is read back). Optimizer states are named by parameter, not by position.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingState:
+    """A loop between two steps, without its adapter.
+
+    Args:
+        step: optimizer steps done.
+        groups: tensors by group and name: ``optimizer``, ``rng`` (as now) and ``epoch_rng`` (as it was when
+            the epoch at hand began; as now between two epochs).
+        values: what is no tensor, for JSON.
+    """
+
+    step: int
+    groups: Mapping[str, Tensors]
+    values: Values
+
+    def __repr__(self) -> str:
+        return f"TrainingState(after step {self.step})"
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Where the generators of Python, numpy, torch and the card stand."""
+    _, words, spare = random.getstate()
+    _, keys, position, has_spare, np_spare = np.random.get_state()
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_spare": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_spare], dtype=torch.int64),
+        "numpy_spare": torch.tensor([np_spare], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Tensors) -> None:
+    """Undo of :func:`random_state`; a card's generator is left alone when the state is from a machine without one."""
+    spare = state["python_spare"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), spare[0] if spare else None))
+    *keys, position, has_spare = state["numpy"].tolist()
+    numbers = np.array(keys, dtype=np.uint32)
+    np.random.set_state(("MT19937", numbers, position, has_spare, state["numpy_spare"].item()))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Within, random numbers may be drawn; afterwards the generators stand where they stood."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def optimizer_state(optimizer: Any, names: Mapping[torch.Tensor, str]) -> tuple[dict[str, torch.Tensor], Values]:
+    """The optimizer's tensors as ``<parameter>:<key>``, on the CPU, and what else it holds.
+
+    A tensor that several parameters share (bitsandbytes' quantization maps) is taken once.
+
+    Args:
+        names: the name of each parameter.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    shared: dict[str, str] = {}
+    first_of: dict[tuple[int, int], str] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            name = f"{names[parameter]}:{key}"
+            if not isinstance(value, torch.Tensor):
+                plain.setdefault(names[parameter], {})[key] = value
+                continue
+            first = first_of.setdefault((value.data_ptr(), value.nbytes), name)
+            if first == name:
+                tensors[name] = value.detach().cpu()
+            else:
+                shared[name] = first
+    rates = [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
+    return tensors, {"plain": plain, "shared": shared, "rates": rates}
+
+
+def set_optimizer_state(optimizer: Any, names: Mapping[torch.Tensor, str], tensors: Tensors, values: Values) -> None:
+    """Undo of :func:`optimizer_state` on a new optimizer of the same parameters, each state on its parameter's device.
+
+    Through ``load_state_dict``, which knows what may be cast and where a counter belongs.
+    """
+    whole = optimizer.state_dict()
+    named: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["plain"].items()}
+    for name, source in [*((n, n) for n in tensors), *values["shared"].items()]:
+        parameter, key = name.rsplit(":", 1)
+        named.setdefault(parameter, {})[key] = tensors[source]
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    whole["state"] = {i: named[name] for i, name in enumerate(order) if name in named}
+    for group, rates in zip(whole["param_groups"], values["rates"], strict=True):
+        group.update(rates)
+    optimizer.load_state_dict(whole)

@@ -1,0 +1,20 @@
+"""The kernels that notebooks run on: the one that is installed, and Colab's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(params=["installed", "colab"])
+def kernel_packages(request: pytest.FixtureRequest) -> Path | None:
+    """What stands before ``site-packages`` in a kernel: nothing, or Colab's ipykernel and IPython."""
+    if request.param == "installed":
+        return None
+    from tests.notebook.kernels import NotInstallableError, old_kernel_folder
+
+    try:
+        return old_kernel_folder()
+    except NotInstallableError as error:
+        pytest.skip(f"Colab's kernel could not be installed: {error}")

@@ -1,0 +1,150 @@
+"""Real kernels, driven as a notebook does it: cells in, output out, and the interrupt that ■ sends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty
+from types import TracebackType
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+from nbqlora.hub.demo_model import cache_folder
+
+# Colab's kernel of 2026, with what of its own age it cannot do without; all of it pure Python.
+OLD = {
+    "ipykernel": "6.17.1",
+    "ipython": "7.34.0",
+    "traitlets": "5.7.1",
+    "jupyter_client": "7.4.9",
+    "backcall": "0.2.0",
+    "decorator": "4.4.2",
+    "entrypoints": "0.4",
+    "nest_asyncio": "1.6.0",
+    "pickleshare": "0.7.5",
+}
+PATIENCE_SECONDS = 180
+# Threads of a tiny model only wait for each other on a busy machine.
+QUICK = {"OMP_NUM_THREADS": "1"}
+
+
+class NotInstallableError(Exception):
+    """pip could not get the old packages; the message is its own."""
+
+
+def old_kernel_folder() -> Path:
+    """A folder with Colab's kernel, to stand before ``site-packages``; installed once, then kept.
+
+    Raises:
+        NotInstallableError: pip is missing or reaches no index.
+    """
+    folder = cache_folder() / "for-tests" / f"ipykernel-{OLD['ipykernel']}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        pins = [f"{name}=={version}" for name, version in OLD.items()]
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "--target", f"{made}/whole", *pins], capture_output=True, text=True)
+        if done.returncode:
+            raise NotInstallableError(done.stderr.strip()[-300:])
+        if not folder.is_dir():
+            os.rename(f"{made}/whole", folder)
+    return folder
+
+
+@dataclass
+class Said:
+    """What a cell sent.
+
+    Args:
+        text: everything printed or displayed, updates too.
+        error: the exception's name and message; "" for a cell that ended well.
+        shown: what stands in the cell for an error: its traceback lines.
+    """
+
+    text: str = ""
+    error: str = ""
+    shown: list[str] = field(default_factory=list)
+
+
+class Kernel:
+    """A running kernel.
+
+    Args:
+        folder: where it works.
+        before: a folder to stand before ``site-packages``; None for the kernel that is installed.
+    """
+
+    def __init__(self, folder: Path, before: Path | None = None) -> None:
+        known = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        paths = [str(p) for p in [before] if p] + known
+        environment = {**os.environ, "NBQLORA_DISPLAY": "live", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **QUICK}
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self._manager = KernelManager(kernel_name="python3")
+        self._manager.start_kernel(env=environment, cwd=str(folder))
+        self._client = self._manager.client()
+        self._client.start_channels()
+        self._client.wait_for_ready(timeout=PATIENCE_SECONDS)
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
+
+    @property
+    def pid(self) -> int:
+        """The kernel's process."""
+        return int(self._manager.provisioner.pid)  # type: ignore[union-attr]
+
+    def run(self, code: str, *, interrupt_at: Sequence[str] = ()) -> Said:
+        """Run a cell to its end.
+
+        Args:
+            interrupt_at: patterns; when the first has been said, the kernel is interrupted, then the second is
+                waited for, and so on.
+        """
+        said, waiting, heard = Said(), list(interrupt_at), ""
+        request, until = self._client.execute(code), time.monotonic() + PATIENCE_SECONDS
+        while True:
+            message = self._message(until, said)
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            content = message["content"]
+            if message["msg_type"] == "status" and content["execution_state"] == "idle":
+                assert not waiting, f"{waiting[0]!r} was not said: {said}"
+                return said
+            text = _text(message)
+            said.text, heard = said.text + text, heard + text
+            if message["msg_type"] == "error":
+                said.error = f"{content['ename']}: {content['evalue']}"
+                said.shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in content["traceback"]]
+            found = re.search(waiting[0], heard) if waiting else None
+            if found:
+                waiting, heard = waiting[1:], heard[found.end() :]
+                self._manager.interrupt_kernel()
+
+    def _message(self, until: float, said: Said) -> dict[str, Any]:
+        while time.monotonic() < until:
+            assert self._manager.is_alive(), f"the kernel died: {said}"
+            try:
+                message: dict[str, Any] = self._client.get_iopub_msg(timeout=1)
+                return message
+            except Empty:
+                continue
+        raise TimeoutError(f"the cell did not end: {said}")
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return str(content.get("text") or content.get("data", {}).get("text/plain") or "") + "\n"
