@@ -86,6 +86,8 @@ def _probe(
     except (ValueError, NotImplementedError) as error:
         # How a family says that it cannot: transformers' convolutions without the kernels that take boundaries.
         return PackingProbe(exact=False, because=f"this model takes no documents end to end: {_first_line(error)}")
+    if not bool(alone.isfinite().all()):
+        return PackingProbe(exact=True, because="not probed: these rows have no finite loss, end to end or alone")
     # The loss of a document's first token is not counted: nothing of its own predicts it.
     together = torch.cat([part[1:] for part in together.split([len(d) for d in documents])])
     alone = torch.cat([part[1:] for part in alone.split([len(d) for d in documents])])

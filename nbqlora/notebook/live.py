@@ -62,7 +62,7 @@ class LiveView:
         if isinstance(event, DataEvent | PlannedEvent):
             self._clear()
             show(event.report if isinstance(event, DataEvent) else event.plan)
-        if self._static:
+        if self._static or isinstance(event, DataEvent):
             return
         due = monotonic() - self._sent >= self._interval
         if due or not isinstance(event, StepEvent | NoteEvent):

@@ -119,9 +119,9 @@ def notes(
     """What a person should know before it starts."""
     found = list(device.notes)
     if steps < FEW_STEPS and config.max_steps < 0:
-        what = f"{steps} optimizer step{'s' if steps > 1 else ''} for {data.n_sequences}"
-        kind = "packs" if data.layout is BatchLayout.PACKED else "rows"
-        found.append(f"only {what} {kind}; a smaller effective_batch_size learns more often")
+        kind = "pack" if data.layout is BatchLayout.PACKED else "row"
+        what = f"{_counted(steps, 'optimizer step')} for {_counted(data.n_sequences, kind)}"
+        found.append(f"only {what}; a smaller effective_batch_size learns more often")
     if data.n_truncated:
         found.append(f"{data.n_truncated} of {data.n_rows} rows are cut at max_length = {config.max_length}")
     found += [f"{n} rows left out: {reason}" for reason, n in data.n_skipped.items()]
@@ -137,6 +137,10 @@ def notes(
             f"the disk has {format_bytes(device.disk_free_bytes)} free"
         )
     return found
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
 
 
 def unknowns(model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:

@@ -69,9 +69,9 @@ class Job:
         self._saver = Saver(self._config, beginning, seen.output_dir, self.session, self._journal)
 
     def hint(self) -> str:
-        """A line on where to go on after a failure; "" before the first checkpoint."""
-        step = self._saver.furthest
-        return f"\n  {self._how} to go on after step {step} of {self.plan.total_steps}" if step else ""
+        """A line on where to go on after a failure; "" before the first checkpoint and behind the last."""
+        step, total = self._saver.furthest, self.plan.total_steps
+        return f"\n  {self._how} to go on after step {step} of {total}" if 0 < step < total else ""
 
     def do(self) -> Run:
         """Load, train, save, report."""

@@ -149,9 +149,7 @@ def _other_run(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> st
     done = f"{checkpoint.step} of {checkpoint.total_steps} steps"
     lines = [f"{plan.output_dir} holds {done} of another run, so this one cannot go on from there"]
     lines += [f"  {line}" for line in differences(checkpoint.identity, own)]
-    return "\n".join(
-        [*lines, "  write the former values, or give this run another name; without resume it starts anew"]
-    )
+    return "\n".join([*lines, "  write the former values, or give this run another name"])
 
 
 def _as_planned_then(config: FinetuneConfig, seen: Look, plan: Plan, checkpoint: Checkpoint) -> Plan:

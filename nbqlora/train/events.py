@@ -49,6 +49,7 @@ class EventCallback(TrainerCallback):
         self._seconds = 0.0
         self._ending = ""
         self._save_at_epoch_end = False
+        self._steps_here = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The loop starts."""
@@ -65,6 +66,7 @@ class EventCallback(TrainerCallback):
         now = perf_counter()
         self._seconds, self._mark = now - self._mark, now
         self._stop.step_done(self._seconds)
+        self._steps_here += 1
         control.should_log = True  # every step is an event, whatever logging_steps says
         reason = self._stop.reason
         last = state.global_step >= state.max_steps
@@ -117,8 +119,8 @@ class EventCallback(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stop does not wait for the minutes of an evaluation.
 
-        The run then ends with the steps that it has; where it has none, in the evaluation before training,
-        with its first.
+        The run then ends with the steps that it has; in the evaluation before the first step, with that step,
+        so that a run which is resumed again and again gets on.
 
         Raises:
             EvaluationCutError: the trainer's ``evaluate`` takes it.
@@ -127,7 +129,7 @@ class EventCallback(TrainerCallback):
             return
         self._emit(NoteEvent(text="this evaluation was cut short", elapsed_seconds=self._clock()))
         self._mark = perf_counter()
-        if 0 < state.global_step < state.max_steps and not control.should_training_stop:
+        if self._steps_here and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_training_stop = control.should_save = True
             self._tell_stop(state.global_step, self._stop.reason)
         raise EvaluationCutError

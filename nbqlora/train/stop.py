@@ -112,7 +112,9 @@ class Stop:
             signal.signal(*self._former.popitem())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._interrupted:
+        if os.getpid() != self._pid:
+            _in_a_forked_process(number)
+        elif not self._interrupted:
             self._interrupted, self._reason = True, TERMINATED if number == signal.SIGTERM else INTERRUPTED
             if self._on_request is not None:
                 # Python refuses a print within a print, and this may come within one.

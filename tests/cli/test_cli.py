@@ -26,7 +26,8 @@ def folder(tmp_path, tiny_folder, tiny_rows, monkeypatch):
 
 def test_plan_says_what_would_be_done_and_writes_nothing(folder, capsys):
     assert main(["plan", "job.toml"]) == 0
-    assert capsys.readouterr().out.startswith("plan  ")
+    said = capsys.readouterr().out
+    assert said.startswith("data  rows.jsonl: ") and "\nplan  " in said
     assert not (folder / "runs").exists()
 
 
@@ -81,3 +82,23 @@ def test_ctrl_c_finishes_the_step_and_saves(folder):
     assert time.monotonic() - begun < 30
     assert "long: stopped (interrupted) in" in rest
     assert (folder / "runs/long/adapter/adapter_model.safetensors").exists()
+
+
+def test_a_run_that_ended_early_goes_on_with_resume(folder, capsys):
+    written = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(written + "max_minutes = 0.000001\n")
+    assert main(["finetune", "job.toml"]) == 0
+    assert "job: stopped (max_minutes reached) in" in capsys.readouterr().out
+    (folder / "job.toml").write_text(written)
+    assert main(["plan", "job.toml"]) == 0
+    offer = " ".join(capsys.readouterr().out.split())
+    assert "runs/job holds 1 of 2 steps of this same run, saved" in offer
+    assert "stop this and run nbqlora finetune job.toml --resume to go on from there" in offer
+    assert main(["finetune", "job.toml", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "  resumed after step 1 of 2, saved 0." in said
+    assert "[train] 1 of 2 steps" in said and "step 2/2" in said and "step 1/2" not in said
+    assert "steps      2 of 2" in said
+    (folder / "job.toml").write_text(written.replace("max_steps = 2", "max_steps = 3"))
+    assert main(["finetune", "job.toml", "--resume"]) == 1
+    assert "max_steps  2 -> 3" in capsys.readouterr().err

@@ -14,7 +14,10 @@ from nbqlora.core.errors import DoesNotFitError
 from nbqlora.core.units import MIB
 
 pytestmark = pytest.mark.gpu
-OPTIONS = {"max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0}
+OPTIONS = {
+    "max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0,
+    "packing": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +105,15 @@ def test_running_out_of_memory_is_short_and_leaves_the_card_as_it_was(medium_fol
         {"per_device_train_batch_size": 4, "gradient_checkpointing": "full"},
         {"per_device_train_batch_size": 4, "gradient_checkpointing": {"keep": 5, "recompute": 7}},
         {"per_device_train_batch_size": 2, "gradient_checkpointing": "none", "dtype": "fp16"},
-        {"per_device_train_batch_size": 4, "gradient_checkpointing": "none", "packing": True},
+        {"per_device_train_batch_size": 4, "gradient_checkpointing": "none", "packing": True, "padding_free": None},
+        {"per_device_train_batch_size": 4, "gradient_checkpointing": "none", "padding_free": None},
     ],
-    ids=["none", "full", "mixed", "fp16", "packed"],
+    ids=["none", "full", "mixed", "fp16", "packed", "joined"],
 )
 def test_the_peak_is_near_the_plan(options, medium_folder, tmp_path):
     run = nbqlora.finetune(
         model=str(medium_folder), data=long_rows(16, 1400), max_length=1024, max_steps=2, effective_batch_size=4,
-        output_dir=str(tmp_path), **options,
+        output_dir=str(tmp_path), **{"packing": False, "padding_free": False, **options},
     )  # fmt: skip
     planned, measured = run.report.predicted_peak_bytes, run.report.measured_peak_bytes
     print(json.dumps({"options": options, "planned": planned / 2**30, "measured": measured / 2**30}))
@@ -118,8 +122,10 @@ def test_the_peak_is_near_the_plan(options, medium_folder, tmp_path):
 
 def test_packed_and_padded_rows_have_the_same_loss(tiny_folder, tiny_rows, tmp_path):
     options = {**OPTIONS, "effective_batch_size": 12, "max_steps": 1, "dtype": "fp32", "output_dir": str(tmp_path)}
+    options["padding_free"] = False
     padded = nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, **options).report.steps[0]
-    packed = nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, packing=True, **options).report.steps[0]
+    options |= {"packing": True, "padding_free": None}
+    packed = nbqlora.finetune(model=str(tiny_folder), data=tiny_rows, **options).report.steps[0]
     assert padded.n_tokens == packed.n_tokens
     assert packed.loss == pytest.approx(padded.loss, rel=1e-4)
 

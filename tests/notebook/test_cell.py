@@ -75,7 +75,8 @@ def test_plan_stops_before_anything_is_loaded(shell, tiny_folder, tiny_rows):
     result, text, outputs = run(shell, f'%%finetune p --plan\nmodel = "{tiny_folder}"\ndata = "$rows"\n')
     assert result.error_in_exec is None, text
     assert repr(shell.user_ns["p"]).startswith("Plan(")
-    (shown,) = outputs
+    data, shown = outputs
+    assert data.data["text/plain"].startswith("data  ") and "<details" in data.data["text/html"]
     assert shown.data["text/plain"].startswith("plan  ")
     assert "<table" in shown.data["text/html"]
 
@@ -87,8 +88,8 @@ def test_a_cell_trains_binds_a_run_and_shows_plan_report_and_figure(shell, tiny_
     assert result.error_in_exec is None, text
     assert shell.user_ns["run1"].status == "done"
     kinds = [sorted(o.data) for o in outputs]
-    assert kinds == [["text/html", "text/plain"], ["text/html", "text/plain"], ["image/png", "text/plain"]]
-    assert outputs[1].data["text/plain"].startswith("run1: done in")
+    assert kinds == [*[["text/html", "text/plain"]] * 3, ["image/png", "text/plain"]]
+    assert outputs[2].data["text/plain"].startswith("run1: done in")
     assert text == "", "something else was printed into the cell"
     assert result.result is None
 
@@ -134,3 +135,22 @@ def test_a_run_cannot_take_the_place_of_its_rows(shell, tiny_rows):
     assert isinstance(result.error_in_exec, ConfigError)
     assert "rows is an object that this cell reads, and the run would replace it" in text
     assert shell.user_ns["rows"] is tiny_rows
+
+
+def test_a_cell_with_resume_goes_on_and_shows_the_whole_run(shell, tiny_folder, tiny_rows):
+    shell.user_ns["rows"] = tiny_rows
+    body = f'model = "{tiny_folder}"\ndata = "$rows"\nmax_steps = 3\nmax_length = 96\n'
+    result, text, _ = run(shell, f"%%finetune mine\n{body}max_minutes = 0.000001\n")
+    assert result.error_in_exec is None, text
+    assert shell.user_ns["mine"].status == "stopped"
+    _, _, (plan, *_) = run(shell, f"%%finetune mine --plan\n{body}")
+    offer = "stop this and write %%finetune mine --resume to go on from there"
+    assert offer in " ".join(plan.data["text/plain"].split())
+    result, text, outputs = run(shell, f"%%finetune mine --resume\n{body}")
+    assert result.error_in_exec is None, text
+    assert [e.step for e in shell.user_ns["mine"].report.steps] == [1, 2, 3]
+    assert "goes on after step 1 of 3, saved" in outputs[0].data["text/plain"]
+    assert "steps      3 of 3" in outputs[1].data["text/plain"]
+    result, text, _ = run(shell, f"%%finetune mine --resume\n{body}learning_rate = 0.1\n")
+    assert type(result.error_in_exec).__name__ == "RunError" and "Traceback" not in text
+    assert "  learning_rate  0.0002 -> 0.1" in text.splitlines()

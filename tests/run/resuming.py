@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,23 @@ EPOCH, TOTAL = 3, 9
 def finetune(model: Path, out: Path, *, data: Any = None, **changes: Any) -> nbqlora.Run:
     options = {**OPTIONS, "model": str(model), "output_dir": str(out), **changes}
     return nbqlora.finetune(data=ROWS if data is None else data, **options)
+
+
+def plan(model: Path, out: Path, *, data: Any = None, **changes: Any) -> nbqlora.Plan:
+    options = {**OPTIONS, "model": str(model), "output_dir": str(out), **changes}
+    return nbqlora.plan(data=ROWS if data is None else data, **options)
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in (out / "checkpoints").iterdir())
+
+
+def edit_state(out: Path, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a checkpoint's ``state.json`` says."""
+    file = out / "checkpoints" / f"step-{step:06d}" / "state.json"
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
 
 
 def until(step: int, whole: Path, out: Path) -> Path:

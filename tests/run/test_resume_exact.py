@@ -13,7 +13,6 @@ import pytest
 import nbqlora
 from nbqlora.core.errors import InterruptedRunError
 from nbqlora.core.events import EvalEvent, NoteEvent, PhaseEvent, StepEvent
-from tests import tiny
 from tests.run.resuming import EPOCH, EVAL, EVERY_STEP, TOTAL, InterruptAfter, figures, finetune, same, until, weights
 
 HOWS: dict[str, dict[str, Any]] = {
@@ -31,11 +30,6 @@ HOWS: dict[str, dict[str, Any]] = {
 
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("model"))
 
 
 def every_step(how: dict[str, Any]) -> dict[str, Any]:
@@ -68,14 +62,14 @@ def test_a_run_goes_on_after_any_step_as_if_nothing_had_been(model: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> nbqlora.Run:
+def evaluated(quick: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> nbqlora.Run:
     """Nine steps with three evaluations, dropout and accumulation, in one go."""
-    return finetune(model, tmp_path_factory.mktemp("whole"), **HOWS["accumulated"], save_minutes=0)
+    return finetune(model, tmp_path_factory.mktemp("evaluated"), **HOWS["accumulated"], save_minutes=0)
 
 
 @pytest.mark.parametrize("step", [1, EPOCH, EPOCH + 1])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(
-    model: Path, tmp_path: Path, whole: nbqlora.Run, step: int
+    model: Path, tmp_path: Path, evaluated: nbqlora.Run, step: int
 ) -> None:
     stopped = finetune(model, tmp_path, **HOWS["accumulated"], save_minutes=0, observe=InterruptAfter(step))
     # At an epoch's end the run stops there, before the evaluation; elsewhere the next step was on its way.
@@ -84,23 +78,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert {e.step for e in stopped.report.evals} == ({0} if step <= EPOCH else {0, EPOCH})
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{last:06d}"]
     run = stopped.resume()
-    assert run.status == "done" and run.report.reason == "" and same(run, whole)
+    assert run.status == "done" and run.report.reason == "" and same(run, evaluated)
     assert stopped.status == "stopped" and len(stopped.report.steps) == last, "the former run changed"
 
 
 def test_a_run_that_max_minutes_ends_every_time_gets_there_step_by_step(
-    model: Path, tmp_path: Path, whole: nbqlora.Run
+    model: Path, tmp_path: Path, evaluated: nbqlora.Run
 ) -> None:
     for step in range(1, TOTAL + 1):
         run = finetune(model, tmp_path, **HOWS["accumulated"], max_minutes=1e-9, resume=True)
         assert (len(run.report.steps), run.status) == (step, "done" if step == TOTAL else "stopped")
     # The last step of a run that should stop is its end, without the evaluation.
-    assert figures(run)[:TOTAL] == figures(whole)[:TOTAL]
-    assert weights(run.adapter_dir) == weights(whole.adapter_dir)
+    assert figures(run)[:TOTAL] == figures(evaluated)[:TOTAL]
+    assert weights(run.adapter_dir) == weights(evaluated.adapter_dir)
 
 
 def test_a_run_interrupted_twice_goes_on_from_its_last_checkpoint(
-    model: Path, tmp_path: Path, whole: nbqlora.Run
+    model: Path, tmp_path: Path, evaluated: nbqlora.Run
 ) -> None:
     class Twice(InterruptAfter):
         def __call__(self, event: Any) -> None:
@@ -108,21 +102,21 @@ def test_a_run_interrupted_twice_goes_on_from_its_last_checkpoint(
             if isinstance(event, NoteEvent) and event.text.startswith("stopping"):
                 os.kill(os.getpid(), signal.SIGINT)
 
-    message = r"interrupted in the middle of a step; .*\n  call it with resume=True to go on after step 5 of 9$"
+    message = r"interrupted in the middle of a step; .*\n  call it with resume=True to go on after step 4 of 9$"
     with pytest.raises(InterruptedRunError, match=message):
         finetune(model, tmp_path, **every_step(HOWS["accumulated"]), observe=Twice(5))
-    assert same(finetune(model, tmp_path, **HOWS["accumulated"], resume=True), whole)
+    assert same(finetune(model, tmp_path, **HOWS["accumulated"], resume=True), evaluated)
 
 
-def test_a_finished_run_trains_nothing_and_is_given_back(model: Path, tmp_path: Path, whole: nbqlora.Run) -> None:
-    shutil.copytree(whole.adapter_dir.parent / "checkpoints", tmp_path / "checkpoints")
+def test_a_finished_run_trains_nothing_and_is_given_back(model: Path, tmp_path: Path, evaluated: nbqlora.Run) -> None:
+    shutil.copytree(evaluated.adapter_dir.parent / "checkpoints", tmp_path / "checkpoints")
     told: list[Any] = []
     run = finetune(model, tmp_path, **HOWS["accumulated"], resume=True, observe=told.append)
     assert not any(isinstance(e, StepEvent | EvalEvent) for e in told)
     assert [e.phase for e in told if isinstance(e, PhaseEvent)] == ["look", "load", "save"]
-    assert run.status == "done" and same(run, whole)
+    assert run.status == "done" and same(run, evaluated)
     assert run.report.measured_peak_bytes == max(e.peak_bytes for e in run.report.steps)
-    assert run.chat("sun", max_new_tokens=4) == whole.chat("sun", max_new_tokens=4)
+    assert run.chat("sun", max_new_tokens=4) == evaluated.chat("sun", max_new_tokens=4)
 
 
 def test_the_clock_goes_on_and_the_pause_does_not_count(model: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests import tiny
 # Constant, so that the first step moves too; small batches, so that several ways to split them exist.
 OPTIONS: dict[str, Any] = {
     "max_length": 96,
+    "packing": False,
     "effective_batch_size": 4,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",

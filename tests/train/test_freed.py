@@ -68,7 +68,7 @@ def test_an_error_or_interrupt_frees_the_model(
 
 
 def test_a_loss_that_is_not_finite_frees_the_model(model: Path, tmp_path: Path) -> None:
-    rows = [*ROWS[:11], {"prompt": "~", "completion": " is bad"}]
+    rows = [*ROWS[:11], {"messages": [{"role": "user", "content": "~"}, {"role": "assistant", "content": "bad"}]}]
     watch = Watch()
     try:
         finetune(model, rows, tmp_path, observe=watch, trl={"train_sampling_strategy": "sequential"})

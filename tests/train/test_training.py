@@ -122,7 +122,8 @@ def test_a_run_tells_everything_in_order(model: Path, tmp_path: Path) -> None:
     told = [e for e in seen if isinstance(e, (PhaseEvent, PlannedEvent, StepEvent, EvalEvent, SavedEvent))]
     names = [e.phase if isinstance(e, PhaseEvent) else type(e).__name__ for e in told]
     assert names == [
-        "look", "PlannedEvent", "load", "train", "EvalEvent", *["StepEvent"] * 3, "EvalEvent", "save", "SavedEvent",
+        "look", "PlannedEvent", "load", "train", "EvalEvent", *["StepEvent"] * 3, "EvalEvent",
+        "SavedEvent", "save", "SavedEvent",
     ]  # fmt: skip
     assert tuple(seen) == run.events
     assert [e.elapsed_seconds for e in seen] == sorted(e.elapsed_seconds for e in seen)
@@ -134,7 +135,8 @@ def test_a_run_tells_everything_in_order(model: Path, tmp_path: Path) -> None:
     assert run.report.tokens_per_second == pytest.approx(rate)
     made = {r.path: r for r in run.report.replacements}
     assert made["lm_head"].new == "chunked loss of supervised tokens"
-    saved = next(e for e in seen if isinstance(e, SavedEvent))
+    checkpoint, saved = (e for e in seen if isinstance(e, SavedEvent))
+    assert checkpoint.path.endswith("step-000003")
     assert saved.step == 3 and saved.n_bytes == sum(len(b) for b in adapter_bytes(run.adapter_dir).values())
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "done"
 
@@ -184,7 +186,7 @@ def test_nothing_but_ours_is_saved_or_printed(model: Path, tmp_path: Path, capfd
     finetune(model, ROWS, tmp_path / "out", max_steps=2, eval_data=OTHERS)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "run.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "checkpoints", "run.json"}
 
 
 def test_half_precision_follows_fp32_in_one_process(model: Path, tmp_path: Path) -> None:
