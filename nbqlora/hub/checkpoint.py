@@ -133,16 +133,23 @@ def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
     for folder in root.glob("step-*"):
         try:
             found.append(_read(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"it has no {STATE}" if isinstance(error, FileNotFoundError) else f"{STATE} cannot be read"
-            unreadable.append(f"{folder.name}: {reason}")
+        except FileNotFoundError:
+            unreadable.append(f"{folder.name}: it has no {STATE}")
+        except _OtherFormatError as error:
+            unreadable.append(f"{folder.name}: {error}")
+        except (OSError, ValueError, KeyError, TypeError):
+            unreadable.append(f"{folder.name}: {STATE} cannot be read")
     return sorted(found, key=lambda c: (-c.step, -c.saved_at)), sorted(unreadable)
+
+
+class _OtherFormatError(Exception):
+    """A checkpoint of another release."""
 
 
 def _read(folder: Path) -> Checkpoint:
     value = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if value["format"] != FORMAT:
-        raise ValueError(f"format {value['format']}")
+        raise _OtherFormatError(f"it was written in format {value['format']}, and this release reads {FORMAT}")
     return Checkpoint(
         folder=folder,
         step=int(value["step"]),

@@ -18,6 +18,7 @@ from nbqlora import planner
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import DoesNotFitError, RunError
 from nbqlora.core.plan import Plan
+from nbqlora.core.specs import BatchLayout
 from nbqlora.core.units import format_seconds
 from nbqlora.hub.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, find_checkpoints
 from nbqlora.hub.save import ADAPTER_FOLDER, WEIGHTS
@@ -75,6 +76,15 @@ def begin(config: FinetuneConfig, seen: Look, *, resume: bool, how: str) -> Begi
     changes = [*_changes(checkpoint.state["plan"], again), *changed_versions(checkpoint.state["versions"])]
     whole = _noted(again, f"goes on {_where(checkpoint)}", *notes, *changes)
     return Beginning(plan=whole, identity=own, checkpoint=checkpoint, furthest=checkpoint.step, damaged=passed)
+
+
+def laid_out_then(config: FinetuneConfig, seen: Look) -> Look:
+    """The rows as the furthest checkpoint has them: padded where the model, once it was loaded, asked for that."""
+    found, _ = find_checkpoints(seen.output_dir / CHECKPOINTS_FOLDER)
+    free = config.packing == "auto" and config.padding_free is None
+    if not free or not found or found[0].state["plan"]["layout"] != BatchLayout.PADDED.value:
+        return seen
+    return seen.laid_out(BatchLayout.PADDED, "as this run began: its model, once loaded, did not keep documents apart")
 
 
 def resumed(checkpoint: Checkpoint) -> str:

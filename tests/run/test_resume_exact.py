@@ -12,7 +12,9 @@ import pytest
 
 import nbqlora
 from nbqlora.core.errors import InterruptedRunError
-from nbqlora.core.events import EvalEvent, NoteEvent, PhaseEvent, StepEvent
+from nbqlora.core.events import EvalEvent, PhaseEvent, StepEvent
+from nbqlora.core.specs import BatchLayout
+from nbqlora.engine.packing import PackingProbe
 from tests.run.resuming import EPOCH, EVAL, EVERY_STEP, TOTAL, InterruptAfter, figures, finetune, same, until, weights
 
 HOWS: dict[str, dict[str, Any]] = {
@@ -99,7 +101,7 @@ def test_a_run_interrupted_twice_goes_on_from_its_last_checkpoint(
     class Twice(InterruptAfter):
         def __call__(self, event: Any) -> None:
             super().__call__(event)
-            if isinstance(event, NoteEvent) and event.text.startswith("stopping"):
+            if isinstance(event, PhaseEvent) and event.phase == "stop":
                 os.kill(os.getpid(), signal.SIGINT)
 
     message = r"interrupted in the middle of a step; .*\n  call it with resume=True to go on after step 4 of 9$"
@@ -131,3 +133,16 @@ def test_the_clock_goes_on_and_the_pause_does_not_count(model: Path, tmp_path: P
     counted = [e for e in second.report.steps if e.step not in (1, 4)]
     rate = sum(e.n_tokens for e in counted) / sum(e.seconds for e in counted)
     assert second.report.tokens_per_second == pytest.approx(rate)
+
+
+def test_a_layout_that_was_changed_after_loading_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"packing": "auto", "padding_free": None}
+    leaks = PackingProbe(exact=False, because="documents mix")
+    with monkeypatch.context() as patch:
+        patch.setattr("nbqlora.run.job.probe_loaded", lambda loaded, rows: leaks)
+        whole = finetune(model, tmp_path / "whole", **free, **EVERY_STEP)
+    assert whole.plan.data.layout is BatchLayout.PADDED
+    out = until(4, tmp_path / "whole", tmp_path / "4")
+    assert same(finetune(model, out, **free, resume=True), whole)

@@ -20,7 +20,8 @@ from nbqlora.core.errors import DoesNotFitError, ModelError, RunError
 from nbqlora.core.events import PhaseEvent, PlannedEvent, SavedEvent, StepEvent
 
 OPTIONS = {
-    "max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0, "packing": False,
+    "max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0,
+    "packing": False,
 }  # fmt: skip
 
 
