@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ PATIENCE_SECONDS = 120
 QUICK = {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """Ctrl-C as usual, also where pytest runs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tiny_folder: Path, tiny_rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, tiny_rows * 8)))
@@ -44,6 +52,7 @@ def in_terminal(command: list[str], ctrl_c_at: str) -> tuple[int, str]:
     """Run in a terminal of its own, and type Ctrl-C when a pattern was printed: status and all that was printed."""
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
         os.execve(command[0], command, {**os.environ, **QUICK})
     said, typed, until = "", False, time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +17,6 @@ OPTIONS = {
     "max_length": 96, "effective_batch_size": 4, "learning_rate": 1e-2, "lora_r": 4, "warmup_ratio": 0,
     "packing": False,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def medium_folder(tmp_path_factory) -> Path:
-    """Large enough that activations, not constants, decide the peak."""
-    from tests.tiny import save_model
-
-    shape = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 4096, "initializer_range": 0.02,
-    }  # fmt: skip
-    return save_model(tmp_path_factory.mktemp("medium"), **shape)
 
 
 def long_rows(n: int, words: int) -> list[dict[str, str]]:

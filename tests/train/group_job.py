@@ -106,6 +106,7 @@ def run(model: str, out: Path, method: str, n_workers: int, at: str, number: int
 
 def main(model: str, out: str, jobs: str) -> None:
     """All jobs, one after another, so that the libraries are imported once."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     for i, job in enumerate(json.loads(jobs)):
         print(json.dumps(run(model, Path(out) / str(i), *job)), flush=True)
 

@@ -18,14 +18,12 @@ ROWS = tiny.make_rows(12)
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[Any]:
-    """Whatever a test does, signals are handled afterwards as they were before."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield before[0]
-    after = [signal.getsignal(n) for n in numbers]
-    for number, former in zip(numbers, before, strict=True):
-        signal.signal(number, former)
-    assert after == before
+    """Signals as in a terminal, also where pytest runs with them ignored; a test leaves them as they are then."""
+    numbers, usual = (signal.SIGINT, signal.SIGTERM), [signal.default_int_handler, signal.SIG_DFL]
+    before = [signal.signal(n, handled) for n, handled in zip(numbers, usual, strict=True)]
+    yield usual[0]
+    after = [signal.signal(n, former) for n, former in zip(numbers, before, strict=True)]
+    assert after == usual
 
 
 def interrupt(number: int = signal.SIGINT) -> None:
