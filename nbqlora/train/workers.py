@@ -1,10 +1,13 @@
 """Data workers that outlive an interrupt.
 
-A terminal's Ctrl-C, ipykernel's interrupt and ``timeout`` signal the whole process group, so data workers are
-hit too. torch's die of it, and the step that should have been finished fails with "DataLoader worker exited
-unexpectedly". Here they ignore both signals from their first line, and while they start, which takes a
-spawned one the seconds of importing torch, they inherit a mask that blocks them. They still end with their
-loader, and within seconds of a parent that was killed: torch sees to both without signals.
+A terminal's Ctrl-C and ipykernel's interrupt signal the whole process group, so data workers are hit too.
+torch's die of it, and the step that should have been finished fails with "DataLoader worker exited
+unexpectedly". Here they ignore SIGINT from their first line, and while they start, which takes a spawned one
+the seconds of importing torch, they inherit a mask that blocks it.
+
+SIGTERM is left alone: torch and multiprocessing end workers with it, and one that ignores it keeps its parent
+from exiting. So a SIGTERM to the whole group ends a run that has workers with an error, and the last
+checkpoint is what is left of it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ from functools import partial
 from multiprocessing.context import BaseContext, ForkProcess, ForkServerProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def shield_workers(loader: Any) -> Any:
@@ -32,18 +33,17 @@ def shield_workers(loader: Any) -> Any:
 
 def _begin(worker_id: int, then: Callable[[int], None] | None) -> None:
     """First lines of a worker. A fork server that already ran has no mask to inherit."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if then is not None:
         then(worker_id)
 
 
 class _Masked(BaseProcess):
-    """Starts with both signals blocked; this process gets those that came meanwhile right after."""
+    """Starts with SIGINT blocked; this process gets one that came meanwhile right after."""
 
     def start(self) -> None:
         """As it is, under the mask."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()
         finally:
