@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,21 @@ def tiny_rows() -> list[dict[str, object]]:
     from tests.tiny import make_rows
 
     return make_rows(12)
+
+
+@pytest.fixture
+def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Points the hub's client to an address, with a cache of its own."""
+    from tests.hub.hub_server import point_to
+
+    return lambda address: point_to(address, tmp_path / "hf", monkeypatch)
+
+
+@pytest.fixture
+def hub(use_hub: Callable[[str], None], tiny_folder: Path) -> Iterator[str]:
+    """Address of a hub on this machine that has the tiny model."""
+    from tests.hub.hub_server import hub_server
+
+    with hub_server(tiny_folder) as address:
+        use_hub(address)
+        yield address

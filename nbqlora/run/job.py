@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import InterruptedRunError, NonFiniteLossError
@@ -13,7 +14,7 @@ from nbqlora.core.report import Report, Status
 from nbqlora.core.specs import BatchLayout
 from nbqlora.core.units import format_minutes
 from nbqlora.engine.checkpoint import apply_policies, clear_policies
-from nbqlora.engine.head import choose_loss
+from nbqlora.engine.head import LossFunction, choose_loss
 from nbqlora.engine.loaded import LoadedModel, autocast
 from nbqlora.engine.packing import PackingProbe
 from nbqlora.hub.atomic import save_json
@@ -32,6 +33,9 @@ from nbqlora.run.session import Session, clear_frames, collect
 from nbqlora.run.versions import versions
 from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
+
+if TYPE_CHECKING:
+    from nbqlora.train.trainer import QLoraTrainer
 
 # Rows whose tokens the loaded model is probed with.
 FEW_ROWS = 3
@@ -133,37 +137,14 @@ class Job:
         return self.session.loaded
 
     def _train(self) -> None:
-        from nbqlora.train.events import EventCallback, StepMeter
-        from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
-
         loaded, plan = self._loaded(), self.plan
         policies = apply_policies(loaded.model, plan.layer_policies)
         loss, chosen = choose_loss(
             loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
         )
         self._replacements = (*loaded.replacements, chosen, *policies)
-        meter = StepMeter()
-        peak = PeakMeter(plan.device.kind)
-        events = EventCallback(
-            emit=self._step,
-            meter=meter,
-            stop=self._stop,
-            peak=peak.read,
-            clock=self._journal.clock,
-            save_seconds=self._config.save_minutes * 60,
-        )
-        evaluation = self._seen.evaluation
-        trainer = QLoraTrainer(
-            loaded=loaded,
-            arguments=trainer_arguments(self._config, plan, evaluation is not None),
-            train_dataset=self._seen.train.dataset,
-            eval_dataset=None if evaluation is None else evaluation.dataset,
-            loss=loss,
-            meter=meter,
-            find_rows=self._seen.train.find_rows,
-            save_state=self._checkpoint_now,
-            callbacks=[events],
-        )
+        peak, evaluation = PeakMeter(plan.device.kind), self._seen.evaluation
+        trainer = self._trainer(loaded, loss, peak)
         if evaluation is not None and self._checkpoint is None:
             self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
         try:
@@ -178,6 +159,31 @@ class Job:
             trainer.release()
             clear_policies(loaded.model)
             collect()
+
+    def _trainer(self, loaded: LoadedModel, loss: LossFunction, peak: PeakMeter) -> QLoraTrainer:
+        from nbqlora.train.events import EventCallback, StepMeter
+        from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
+
+        meter, evaluation = StepMeter(), self._seen.evaluation
+        events = EventCallback(
+            emit=self._step,
+            meter=meter,
+            stop=self._stop,
+            peak=peak.read,
+            clock=self._journal.clock,
+            save_seconds=self._config.save_minutes * 60,
+        )
+        return QLoraTrainer(
+            loaded=loaded,
+            arguments=trainer_arguments(self._config, self.plan, evaluation is not None),
+            train_dataset=self._seen.train.dataset,
+            eval_dataset=None if evaluation is None else evaluation.dataset,
+            loss=loss,
+            meter=meter,
+            find_rows=self._seen.train.find_rows,
+            save_state=self._checkpoint_now,
+            callbacks=[events],
+        )
 
     def _step(self, event: Event) -> None:
         self._journal.emit(event)

@@ -71,15 +71,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     if here:
         check_download(spec)
     tokenizer = tokenizer_of(config, location)
-    layout = choose_layout(config, location)
-    train = encoded(config, config.data, "train", tokenizer, layout, say)
-    eval_source = config.eval_data
-    if eval_source is None and isinstance(config.data, str) and config.data == DEMO:
-        eval_source = DEMO
-    evaluation = None if eval_source is None else encoded(config, eval_source, "eval", tokenizer, layout, say)
-    if evaluation is not None:
-        stats = replace(train.stats, n_eval_rows=evaluation.stats.n_rows)
-        train = replace(train, stats=stats, report=replace(train.report, stats=stats))
+    train, evaluation = _rows(config, tokenizer, choose_layout(config, location), say)
     if not torch.cuda.is_available():
         # On a CPU the process itself counts, with all libraries that the run will import.
         import nbqlora.train.trainer  # noqa: F401
@@ -93,6 +85,21 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         output_dir=output_dir,
         notes=tuple(n for n in (ephemeral_note(output_dir.absolute(), os.environ), *notes) if n),
     )
+
+
+def _rows(
+    config: FinetuneConfig, tokenizer: Any, layout: tuple[BatchLayout, str], say: Callable[[str], None]
+) -> tuple[EncodedData, EncodedData | None]:
+    """Rows to train on, and to evaluate on; the demo data brings its own."""
+    train = encoded(config, config.data, "train", tokenizer, layout, say)
+    source = config.eval_data
+    if source is None and isinstance(config.data, str) and config.data == DEMO:
+        source = DEMO
+    if source is None:
+        return train, None
+    evaluation = encoded(config, source, "eval", tokenizer, layout, say)
+    stats = replace(train.stats, n_eval_rows=evaluation.stats.n_rows)
+    return replace(train, stats=stats, report=replace(train.report, stats=stats)), evaluation
 
 
 def place_of(config: FinetuneConfig, say: Callable[[str], None]) -> str:

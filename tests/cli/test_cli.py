@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -65,23 +60,6 @@ def test_vram_is_one_line(capsys):
 def test_fetch_names_the_folder(capsys):
     assert main(["demo", "--fetch"]) == 0
     assert "the demo model is in " in capsys.readouterr().out
-
-
-def test_ctrl_c_finishes_the_step_and_saves(folder):
-    (folder / "long.toml").write_text((folder / "job.toml").read_text().replace("max_steps = 2", "max_steps = 100000"))
-    command = [sys.executable, "-u", "-m", "nbqlora.cli", "finetune", "long.toml"]
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ.copy())
-    assert program.stdout is not None
-    for line in program.stdout:
-        if "step 5/" in line:
-            program.send_signal(signal.SIGINT)
-            break
-    begun = time.monotonic()
-    rest = program.stdout.read()
-    assert program.wait(timeout=60) == 0
-    assert time.monotonic() - begun < 30
-    assert "long: stopped (interrupted) in" in rest
-    assert (folder / "runs/long/adapter/adapter_model.safetensors").exists()
 
 
 def test_a_run_that_ended_early_goes_on_with_resume(folder, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,22 +14,10 @@ from nbqlora.core.errors import DataError, ModelError
 from nbqlora.hub import access
 from nbqlora.hub.inspect import locate
 from nbqlora.hub.reach import Answer, endpoint
-from tests.hub.hub_server import BAD_TOKEN, FINE_GRAINED, GOOD_TOKEN, closed_address, hub_server, point_to
+from tests.hub.hub_server import BAD_TOKEN, FINE_GRAINED, GOOD_TOKEN, closed_address
 
 COLAB, KAGGLE = {"COLAB_RELEASE_TAG": "x"}, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
 UseHub = Callable[[str], None]
-
-
-@pytest.fixture
-def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseHub:
-    return lambda address: point_to(address, tmp_path / "hf", monkeypatch)
-
-
-@pytest.fixture
-def hub(use_hub: UseHub, tiny_folder: Path) -> Iterator[str]:
-    with hub_server(tiny_folder) as address:
-        use_hub(address)
-        yield address
 
 
 @pytest.mark.parametrize(

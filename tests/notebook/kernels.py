@@ -115,7 +115,9 @@ class Kernel:
                 waited for, and so on.
         """
         said, waiting, heard = Said(), list(interrupt_at), ""
-        request, until = self._client.execute(code), time.monotonic() + PATIENCE_SECONDS
+        # Without stop_on_error=False a kernel drops the cell that comes right behind one that failed.
+        request = self._client.execute(code, stop_on_error=False)
+        until = time.monotonic() + PATIENCE_SECONDS
         while True:
             message = self._message(until, said)
             if message["parent_header"].get("msg_id") != request:

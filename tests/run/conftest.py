@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import nbqlora
 from tests import tiny
+from tests.quick import quick_runs
 from tests.run.resuming import EVERY_STEP, finetune, until
 
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """Threads wait for each other on a busy machine; each run collects four times, 0.3 s over all that is imported."""
-    import nbqlora.train.trainer  # noqa: F401
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+    """See :func:`tests.quick.quick_runs`."""
+    with quick_runs():
+        yield
 
 
 @pytest.fixture(scope="module")

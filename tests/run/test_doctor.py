@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,23 +15,11 @@ from nbqlora.hub import access
 from nbqlora.hub.reach import Answer
 from nbqlora.run.doctor import doctor, hub_check, model_check, output_check, place_check, token_check
 from nbqlora.run.places import default_output_dir
-from tests.hub.hub_server import BAD_TOKEN, GOOD_TOKEN, closed_address, hub_server, point_to
+from tests.hub.hub_server import BAD_TOKEN, GOOD_TOKEN, closed_address
 
 COLAB, KAGGLE = {"COLAB_RELEASE_TAG": "x"}, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
 OK, AWAY = Answer(kind="ok"), Answer(kind="unreachable", detail="its name is not known")
 UseHub = Callable[[str], None]
-
-
-@pytest.fixture
-def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseHub:
-    return lambda address: point_to(address, tmp_path / "hf", monkeypatch)
-
-
-@pytest.fixture
-def hub(use_hub: UseHub, tiny_folder: Path) -> Iterator[str]:
-    with hub_server(tiny_folder) as address:
-        use_hub(address)
-        yield address
 
 
 @pytest.fixture

@@ -1,21 +1,16 @@
-"""One thread and a small heap: tiny runs spend their time on neither arithmetic nor the collector."""
+"""Quick runs for the whole package."""
 
-import gc
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests.quick import quick_runs
 
 
 @pytest.fixture(autouse=True, scope="package")
 def quick() -> Iterator[None]:
-    """Threads wait for each other on a busy machine; each run collects four times, 0.3 s over all that is imported."""
-    import nbqlora.train.trainer  # noqa: F401
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+    """See :func:`tests.quick.quick_runs`."""
+    with quick_runs():
+        yield

@@ -104,6 +104,20 @@ def run(model: str, out: Path, method: str, n_workers: int, at: str, number: int
     return {**said, "saved": saved, "workers": observe.n_workers, "left": len(workers()), "handler_is_back": handled}
 
 
+def seed(worker_id: int) -> None:
+    """A loader's own beginning of a worker; here, where a spawned worker imports little to find it."""
+    import torch
+
+    torch.manual_seed(1000 + worker_id)
+
+
+def with_seed(rows: list[Any]) -> tuple[int, int]:
+    """The batch's first row, and what the worker's beginning left."""
+    import torch
+
+    return int(rows[0][0]), torch.initial_seed()
+
+
 def main(model: str, out: str, jobs: str) -> None:
     """All jobs, one after another, so that the libraries are imported once."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
