@@ -1,0 +1,35 @@
+"""Every kernel compiles for a T4, an A100 and an H100, on a machine without any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Shared memory that a program may have, by capability; 9.0 has more than any kernel here should want.
+SHARED_BYTES = {75: 64 * 1024, 80: 160 * 1024, 90: 160 * 1024}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_all_kernels(capability: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.kernels.compile_all", str(capability)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=600)
+    assert done.returncode == 0, f"after {done.stdout.splitlines()[-1:]}:\n{done.stderr[-4000:]}"
+    *cases, last = [json.loads(line) for line in done.stdout.splitlines()]
+    # No tensor cores: what asks for them is a product, and Triton has none for a T4.
+    assert [c["case"] for c in cases if c["mma"]] == []
+    assert [c["case"] for c in cases if c["shared"] > SHARED_BYTES[capability]] == []
+    assert [c["case"] for c in cases if not c["cubin_bytes"]] == []
+    assert len({c["case"] for c in cases}) == len(cases)
+    assert last["kernels"] and {c["kernel"] for c in cases} == set(last["kernels"])
+    halves = {c["kernel"] for c in cases if c["case"].endswith("fp16" if capability < 80 else "bf16")}
+    assert halves == set(last["kernels"])
