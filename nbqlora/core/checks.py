@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
+from nbqlora.core.specs import LayerPolicy
+
 Check = Callable[[Any], str]
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit")
@@ -128,8 +130,9 @@ def layer_policies(value: Any) -> str:
     if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", "none", "full")):
         return ""
     if isinstance(value, Mapping) and value:
-        unknown = [k for k in value if k not in ("keep", "recompute")]
+        known = [policy.value for policy in LayerPolicy]
+        unknown = [k for k in value if k not in known]
         if unknown:
-            return f"expected layers by policy (keep, recompute), got {unknown[0]}"
+            return f"expected layers by policy ({', '.join(known)}), got {unknown[0]}"
         return next((m for m in map(integer(at_least=0), value.values()) if m), "")
     return f'expected "auto", "none", "full" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'

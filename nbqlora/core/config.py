@@ -43,7 +43,7 @@ class FinetuneConfig:
         padding_free: False pads rows to the longest of their micro-batch; None and True lay them end to end.
         chat_template_path: a Jinja file, or ``"plain"``, for a tokenizer that has no chat template.
         gradient_checkpointing: ``"auto"`` (the plan's mix), ``"none"``/False, ``"full"``/True, or a table
-            ``{keep = 22, recompute = 10}`` of layers.
+            ``{keep = 22, recompute_mlp = 6, recompute = 4}`` of layers; what is left out of it is the rest.
         trl, peft: further fields of SFTConfig and LoraConfig.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbqlora.core.display import Displayed
 from nbqlora.core.plain import plain
-from nbqlora.core.specs import DataStats, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
+from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,12 @@ class Plan(Displayed):
     def predicted_peak_bytes(self) -> int:
         """Predicted peak of the run."""
         return self.budget.total_bytes
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest row of a micro-batch; rows that are laid end to end are one."""
+        longest = self.max_length if self.data.layout is BatchLayout.PACKED else self.data.max_tokens
+        return longest * (1 if self.data.layout is BatchLayout.PADDED else self.micro_batch_size)
 
     @property
     def effective_batch_size(self) -> int:

@@ -12,9 +12,10 @@ from typing import Literal
 
 
 class LayerPolicy(Enum):
-    """What one decoder layer keeps between its forward and its backward."""
+    """What one decoder layer keeps between its forward and its backward: all, all but the MLP's, or its input alone."""
 
     KEEP = "keep"
+    RECOMPUTE_MLP = "recompute_mlp"
     RECOMPUTE = "recompute"
 
 
@@ -122,6 +123,7 @@ class DeviceSpec:
         capability: compute capability, None on a CPU.
         has_bf16: bf16 arithmetic in hardware (capability 8.0 and above; emulation does not count).
         matmul_flops: measured dense matmul rate in operations a second at the training dtype; None = not measured.
+        copy_bytes_per_second: measured rate of a copy, bytes read and written; None = not measured.
         notes: things worth saying in a plan ("2 cards, 1 is used").
     """
 
@@ -137,6 +139,7 @@ class DeviceSpec:
     has_triton: bool = False
     n_devices: int = 1
     matmul_flops: float | None = None
+    copy_bytes_per_second: float | None = None
     notes: tuple[str, ...] = ()
 
 

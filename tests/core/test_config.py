@@ -55,12 +55,12 @@ LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
     "per_device_train_batch_size": ([None, 4], [(2.0, "expected a whole number of at least 1, got 2.0")]),
     "gradient_accumulation_steps": ([None, 4], [("4", 'expected a whole number of at least 1, got "4"')]),
     "gradient_checkpointing": (
-        ["auto", "none", "full", True, False, {"keep": 3}, {"keep": 22, "recompute": 10}],
+        ["auto", "none", "full", True, False, {"keep": 3}, {"keep": 22, "recompute_mlp": 6, "recompute": 4}],
         [
             ("some", f'{TABLE} "some"'),
             ({}, f"{TABLE} {{}}"),
             (None, f"{TABLE} None"),
-            ({"keep": 3, "offload": 2}, "expected layers by policy (keep, recompute), got offload"),
+            ({"keep": 3, "offload": 2}, "expected layers by policy (keep, recompute_mlp, recompute), got offload"),
             ({"keep": -1}, "expected a whole number of at least 0, got -1"),
         ],
     ),

@@ -85,7 +85,7 @@ def test_secrets_and_silent_switches_are_refused() -> None:
 
 
 def test_every_refused_key_is_a_field_of_the_installed_library() -> None:
-    from nbqlora.run.steps import table_fields
+    from nbqlora.run.tables import table_fields
 
     assert set(REFUSED_TRL) <= table_fields("trl")
     assert set(REFUSED_PEFT) <= table_fields("peft")
