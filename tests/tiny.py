@@ -42,6 +42,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"head_dim": 16, "final_logit_softcapping": 0.5, "sliding_window": 16, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True},
     "phi3": {},
+    "ministral": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16},
+    "seed_oss": {"head_dim": 32, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
     "granite": {"logits_scaling": 0.25, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
     "cohere": {"logit_scale": 4.0, "tie_word_embeddings": True},
 }
@@ -106,12 +116,12 @@ def save_model(folder: Path, family: str = "llama", *, bad_token: str = "", **ch
     return folder
 
 
-def load_nf4(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_nf4(folder: Path, *, dtype: torch.dtype = torch.float32, double: bool = True) -> Any:
     """The saved model in NF4 with double quantization on the CPU, as ``nbqlora.hub.load`` asks for it."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
     )
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, device_map={"": "cpu"}, dtype=dtype)
 

@@ -16,6 +16,7 @@ import torch
 
 from nbqlora.core.plan import Replacement
 from nbqlora.core.specs import LayerPolicy
+from nbqlora.engine.fused import engine_of
 
 
 def decoder_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -34,19 +35,39 @@ def apply_policies(model: torch.nn.Module, policies: Sequence[LayerPolicy]) -> t
     layers = decoder_layers(model)
     if len(layers) != len(policies):
         raise ValueError(f"the plan holds {len(policies)} layer policies; the model has {len(layers)} layers")
-    recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    engine = engine_of(model)
+    fused = {} if engine is None else engine.layers
+    of = {id(module): path for path, module in ({} if engine is None else engine.modules).items()}
     made = []
     for (name, layer), policy in zip(layers, policies, strict=True):
-        layer.gradient_checkpointing = policy is LayerPolicy.RECOMPUTE
-        if policy is LayerPolicy.RECOMPUTE:
-            layer._gradient_checkpointing_func = recompute
-            because = "the plan keeps only its input and computes it again in the backward"
-            made.append(Replacement(path=name, old="keep", new="recompute", because=because))
+        path = of.get(id(layer), "")
+        if path in fused:
+            fused[path].policy = policy
+        else:
+            _set_flag(layer, policy)
+        if policy is not LayerPolicy.KEEP:
+            made.append(Replacement(path=name, old="keep", new=policy.value, because=BECAUSE[policy]))
     return tuple(made)
+
+
+BECAUSE = {
+    LayerPolicy.RECOMPUTE_MLP: "the plan computes gate and up again in the backward",
+    LayerPolicy.RECOMPUTE: "the plan keeps only its input and computes it again in the backward",
+}
+
+
+def _set_flag(layer: Any, policy: LayerPolicy) -> None:
+    """A layer of transformers' own keeps everything, or its input alone."""
+    layer.gradient_checkpointing = policy is not LayerPolicy.KEEP
+    if policy is not LayerPolicy.KEEP:
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 def clear_policies(model: torch.nn.Module) -> None:
     """Undo :func:`apply_policies`: every layer is its class's own again, and keeps everything."""
+    engine = engine_of(model)
+    for fused in () if engine is None else engine.layers.values():
+        fused.policy = LayerPolicy.KEEP
     for _, layer in decoder_layers(model):
         layer.__dict__.pop("gradient_checkpointing", None)
         layer.__dict__.pop("_gradient_checkpointing_func", None)

@@ -5,9 +5,9 @@ and t the targets, ``loss = sum_i logsumexp(z_i) - z_i[t_i]`` where ``z = cap(sc
 The head is frozen, so the gradient with respect to h is all that backward needs; it is made in the
 forward, chunk by chunk, while the logits exist: ``dh = scale * (softmax(z) - onehot(t)) * cap'(z) W``.
 
-Cost: one chunk of logits (``chunk * vocab * 10`` bytes in half precision: the product, its fp32 copy, its
-gradient) instead of all of them; the same arithmetic. TRL's fused loss does this only where Triton runs,
-and scores every position elsewhere: on two CPU cores that was 42 % of a step.
+Cost: one chunk of logits, which become their own gradient in place, instead of all of them; the same arithmetic.
+TRL's fused loss does this only where Triton runs, and scores every position elsewhere: on two CPU cores that was 42 %
+of a step.
 
 Whether this is the same loss as the model's own is not assumed: :func:`choose_loss` compares the logits of a
 few tokens and leaves the model's own head in place where they differ.
@@ -22,9 +22,10 @@ import torch
 
 from nbqlora.core.plan import Replacement
 from nbqlora.core.specs import HeadSpec
+from nbqlora.kernels.cross_entropy import cross_entropy_
 
 IGNORED = -100
-PROBE_TOKENS = 12
+PROBE_TOKENS = 16
 # Largest difference of the probe's logits, as a share of the largest logit.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -65,9 +66,12 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
-            total += _chunk(
-                hidden[rows], weight, bias, targets[rows], head, None if gradient is None else gradient[rows]
+            found, slope = head_chunk(
+                hidden[rows], weight, bias, targets[rows], head, with_gradient=gradient is not None
             )
+            total += found
+            if gradient is not None and slope is not None:
+                gradient[rows] = slope
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -78,32 +82,23 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
 
 
-def _chunk(
+def head_chunk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     head: HeadSpec,
-    gradient: torch.Tensor | None,
-) -> torch.Tensor:
-    scale = head.logit_factor / head.logit_divisor
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        logits *= scale
-    slope: torch.Tensor | None = None
-    if head.logit_softcap:
-        logits = torch.tanh(logits / head.logit_softcap)
-        slope = 1 - logits * logits
-        logits = logits * head.logit_softcap
-    lse = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(1, targets[:, None])[:, 0]
-    if gradient is not None:
-        probabilities = torch.exp_(logits.sub_(lse[:, None]))
-        probabilities.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0)[:, None])
-        if slope is not None:
-            probabilities *= slope
-        torch.mm((probabilities * scale if scale != 1.0 else probabilities).to(weight.dtype), weight, out=gradient)
-    return (lse - picked).sum()
+    *,
+    with_gradient: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss of a chunk, 0-d fp32, and its gradient with respect to ``hidden [n, d_model]``.
+
+    The logits become their own gradient in place; a target of -100 counts for nothing.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    scale, softcap = head.logit_factor / head.logit_divisor, head.logit_softcap or 0.0
+    losses = cross_entropy_(logits, targets, factor=1.0, scale=scale, softcap=softcap, with_gradient=with_gradient)
+    return losses.sum(), torch.mm(logits, weight) if with_gradient else None
 
 
 def head_loss(
@@ -220,5 +215,9 @@ def _probe(model: Any, head: HeadSpec, device: torch.device, tolerance: float) -
             False,
             f"on a probe its logits differ from the model's own by {apart:.2g}, where the largest is {largest:.2g}",
         )
-    loss = torch.nn.functional.cross_entropy(ours[:-1], ids[0, 1:])
-    return True, f"same logits on a probe (loss {float(loss):.5f})"
+    rows = hidden[0, :-1].to(output.weight.dtype)
+    loss = float(head_loss(rows, output.weight, output.bias, ids[0, 1:], head, PROBE_TOKENS)) / (PROBE_TOKENS - 1)
+    expected = float(torch.nn.functional.cross_entropy(own[:-1], ids[0, 1:]))
+    if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
+        return False, f"on a probe its loss is {loss:.5f}, the model's own {expected:.5f}"
+    return True, f"same logits on a probe (loss {loss:.5f})"

@@ -1,0 +1,123 @@
+"""One micro-batch: loss and gradients, captured where it can be, else eagerly; the same values either way.
+
+The trainer and a loop of one's own both come through here, so that the step which was measured is the one that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from nbqlora.core.specs import HeadSpec
+from nbqlora.engine.attention import AttentionKind
+from nbqlora.engine.calls import padded_on_the_right
+from nbqlora.engine.captured_step import CapturedStep
+from nbqlora.engine.fixed_batch import fixed_batch
+from nbqlora.engine.fused import Engine, engine_of
+from nbqlora.engine.head import LossFunction, own_logits_loss
+
+CAPTURED_KINDS = (AttentionKind.FLASH, AttentionKind.CUDNN, AttentionKind.EFFICIENT)
+
+
+def not_captured_because(engine: Engine | None, device: torch.device, loss: LossFunction) -> str:
+    """Why a step on this model cannot be captured; "" where it can."""
+    if device.type != "cuda":
+        return "a CPU has no graphs to capture"
+    if engine is None or not engine.complete:
+        return "not every layer is a fused one"
+    if engine.last_norm is None:
+        return "its last norm is of another kind"
+    if loss is own_logits_loss:
+        return "the loss is computed from the model's own logits"
+    for layer in engine.layers.values():
+        kinds = {engine.kind_for(layer, dense=dense) for dense in (True, False)}
+        if not kinds <= set(CAPTURED_KINDS):
+            return "its attention is computed document by document"
+    return ""
+
+
+class MicroStep:
+    """Runs micro-batches of one model.
+
+    Args:
+        model: with its adapters.
+        loss: of a batch, summed, and the number of tokens that it counts.
+        head: what happens to logits.
+        chunk_tokens: supervised tokens whose logits exist at once.
+        most_tokens: of the longest row that will come.
+        longest_document: tokens that no document exceeds.
+        pad_token_id: fills batches up.
+        autocast: makes the context that a forward runs in.
+        capture: False for eager steps only.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: LossFunction,
+        head: HeadSpec,
+        *,
+        chunk_tokens: int,
+        most_tokens: int,
+        longest_document: int,
+        pad_token_id: int,
+        autocast: Any,
+        device: torch.device,
+        capture: bool = True,
+    ) -> None:
+        self._model, self._loss, self._autocast = model, loss, autocast
+        self._engine = engine_of(model)
+        self.fix = partial(fixed_batch, most_tokens=most_tokens, pad_token_id=pad_token_id)
+        self.eager_because = not_captured_because(self._engine, device, loss) if capture else "switched off"
+        self._captured: CapturedStep | None = None
+        if not self.eager_because and self._engine is not None:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            self._captured = CapturedStep(
+                self._engine,
+                base,
+                head,
+                chunk_tokens=chunk_tokens,
+                longest_document=longest_document,
+                autocast=autocast,
+            )
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured from the second one of a shape on."""
+        return self._captured is not None
+
+    def __call__(self, batch: Mapping[str, Any], factor: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of ``factor`` times the summed loss; return the summed loss, 0-d fp32.
+
+        Args:
+            batch: as a collator makes it, or as :attr:`fix` made it.
+            factor: 0-d fp32 on the model's device: loss scale over the number of tokens of the step.
+        """
+        if self._captured is None or self._engine is None:
+            return self._eager(batch, factor)
+        if "n_tokens" not in batch:  # not from a collator that fixed it
+            if not padded_on_the_right(batch.get("attention_mask")):
+                return self._eager(batch, factor)
+            batch = self.fix(batch)
+        found = self._captured.run(dict(batch), factor)
+        if found is not None:
+            return found
+        self._engine.given = self._captured.documents(dict(batch))
+        try:
+            return self._eager({k: batch[k] for k in ("input_ids", "labels", "position_ids")}, factor)
+        finally:
+            self._engine.given = None
+
+    def _eager(self, batch: Mapping[str, Any], factor: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            total, _ = self._loss(self._model, dict(batch))
+        (total * factor).backward()
+        return total.detach()
+
+    def release(self) -> None:
+        """Drop what was captured, and the memory that it holds."""
+        if self._captured is not None:
+            self._captured.release()
