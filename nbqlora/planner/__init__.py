@@ -1,9 +1,9 @@
 """Config, model, machine and data -> a plan: which batch, what each layer keeps, and why.
 
-The peak is the larger of two moments: the loss (all kept tensors and one chunk of logits) and the start of
-the backward (all kept tensors, the last layer's own if it is recomputed, its gradients and one dequantized
-weight). Among the splits of ``effective_batch_size`` and the numbers of layers kept, the fastest that fits
-wins. Pure arithmetic: any machine can be planned for on any machine.
+Memory is counted tensor by tensor: a fused layer's in ``fused`` and ``walk``, a run on them in ``fused_memory``; one on
+transformers' own layers in ``layer`` and ``stock``. Among the splits of ``effective_batch_size`` and the numbers of
+layers that keep all, all but their MLP's, or their input alone, the fastest that fits wins. Pure arithmetic: any
+machine can be planned for on any machine.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB
 from nbqlora.planner import explain
 from nbqlora.planner.advice import does_not_fit
-from nbqlora.planner.estimate import FRAGMENTATION_BYTES, adapter_params, choose_dtype, loss_chunk_tokens
 from nbqlora.planner.search import candidates
+from nbqlora.planner.standing import FRAGMENTATION_BYTES, adapter_params, choose_dtype, quantized
 
 Notes = tuple[str, ...]
 
@@ -55,7 +55,7 @@ def make_plan(
     """
     dtype = choose_dtype(config.dtype, device)
     limit = usable_bytes(config, device)
-    ranked = candidates(config, model, device, data, dtype)
+    ranked = candidates(config, model, device, data, dtype, limit)
     best = next((x for x in ranked if x.budget.total_bytes <= limit), None)
     if best is None:
         raise DoesNotFitError(does_not_fit(config, model, device, data, dtype, limit))
@@ -65,19 +65,19 @@ def make_plan(
         device=device,
         data=data,
         dtype=dtype,
-        load_in_4bit=config.load_in_4bit or model.quantized,
+        load_in_4bit=quantized(model, config),
         micro_batch_size=best.micro_batch_size,
         gradient_accumulation_steps=best.accumulation,
         max_length=config.max_length,
         layer_policies=best.policies,
-        loss_chunk_tokens=loss_chunk_tokens(model),
+        loss_chunk_tokens=best.loss_chunk_tokens,
         total_steps=steps,
         step_seconds=best.step_seconds,
         usable_bytes=limit,
         budget=best.budget,
         output_dir=output_dir,
         disk_bytes=adapter_params(model, config) * 4,
-        decisions=explain.decisions(config, device, data, dtype, ranked, best, limit),
+        decisions=explain.decisions(config, model, device, data, dtype, ranked, best, limit),
         notes=(*notes, *explain.notes(config, model, device, data, dtype, steps)),
-        unknowns=explain.unknowns(model, device),
+        unknowns=explain.unknowns(config, model, device),
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.specs import DataStats, DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
+from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import budget
 from nbqlora.planner.search import candidates, longest_row
@@ -35,7 +36,7 @@ def does_not_fit(
 
 
 def _leanest(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> Candidate:
-    return min(candidates(config, model, device, data, dtype), key=lambda x: x.budget.total_bytes)
+    return min(candidates(config, model, device, data, dtype, limit=0), key=lambda x: x.budget.total_bytes)
 
 
 def _smallest_change(
@@ -51,7 +52,7 @@ def _smallest_change(
         return f"it fits with max_length = {tokens}{one} and all layers recomputed"
     least = _leanest(free, model, device, data, dtype).budget.by_category
     m = MemoryCategory
-    fixed = sum(n for category, n in least.items() if category not in (m.ACTIVATIONS, m.LOSS, m.DEQUANT))
+    fixed = sum(n for category, n in least.items() if category not in (m.ACTIVATIONS, m.LOSS))
     return f"no max_length fits: {format_bytes(fixed)} are needed before the first token; a smaller model does"
 
 
@@ -87,7 +88,8 @@ def _longest_that_fits(
     """The longest row, in steps of 64 tokens, that one row a micro-batch could have; 0 when none fits."""
 
     def needed(n: int) -> int:
-        return budget(config, model, device, dtype, 1, n, n, 0, layout=data.layout).total_bytes
+        batch = MicroBatch(rows=1, row_tokens=n, supervised_tokens=n, layout=data.layout)
+        return budget(config, model, device, dtype, batch, 0).total_bytes
 
     lengths = range(LENGTH_STEP, longest_row(config, data), LENGTH_STEP)
     found = bisect_right(lengths, limit, key=needed)

@@ -8,12 +8,16 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Decision
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
+from nbqlora.planner.attention import choose_kernel
+from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
-from nbqlora.planner.estimate import FRAGMENTATION_BYTES
+from nbqlora.planner.fused import fused_family, not_captured_because
+from nbqlora.planner.standing import FRAGMENTATION_BYTES
 
 
 def decisions(
     config: FinetuneConfig,
+    model: ModelSpec,
     device: DeviceSpec,
     data: DataStats,
     dtype: str,
@@ -31,6 +35,7 @@ def decisions(
             because=_why_batch(config, data, ranked, best, limit),
         ),
         Decision(name="layers", value=_layers(best), because=_why_layers(config, ranked, best, limit)),
+        *_how_it_runs(config, model, device, data, dtype, best),
         Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device, limit)),
     )
 
@@ -48,10 +53,28 @@ def _rows(count: int, data: DataStats) -> str:
 
 
 def _layers(candidate: Candidate) -> str:
-    recomputed = candidate.n_layers - candidate.n_keep
-    parts = [f"{candidate.n_keep} keep"] if candidate.n_keep else []
-    parts += [f"{recomputed} recompute"] if recomputed else []
-    return " · ".join(parts)
+    counts = (
+        (candidate.n_keep, "keep"),
+        (candidate.n_recompute_mlp, "recompute MLP"),
+        (candidate.n_recompute, "recompute"),
+    )
+    return " · ".join(f"{n} {what}" for n, what in counts if n)
+
+
+def _how_it_runs(
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, best: Candidate
+) -> list[Decision]:
+    """Attention, of which nothing is known in transformers' own layers, and the step."""
+    family = fused_family(model, config)
+    eager = not_captured_because(family, model, device, dtype)
+    step = Decision(name="step", value="eager", because=eager)
+    if not eager:
+        step = Decision(name="step", value="captured as a CUDA graph", because="after the first of a shape")
+    if family is None:
+        return [step]
+    batch = MicroBatch(rows=best.micro_batch_size, row_tokens=1, supervised_tokens=1, layout=data.layout)
+    what, _, why = choose_kernel(family, device, dtype, model.head_dim, dense=batch.dense)[1].partition(": ")
+    return [Decision(name="attention", value=what, because=why), step]
 
 
 def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
@@ -73,10 +96,10 @@ def _why_batch(
     nearest = min(larger, key=lambda x: (x.micro_batch_size, x.budget.total_bytes))
     rows = _rows(nearest.micro_batch_size, data)
     if nearest.budget.total_bytes > limit:
-        recomputed = " even with all layers recomputed" if nearest.n_keep == 0 else ""
+        recomputed = " even with all layers recomputed" if nearest.n_recompute == nearest.n_layers else ""
         return f"{rows} would need {format_bytes(nearest.budget.total_bytes)}{recomputed}"
     fitting = [x for x in larger if x.micro_batch_size == nearest.micro_batch_size and x.budget.total_bytes <= limit]
-    quickest = min(fitting, key=lambda x: (x.step_seconds or 0.0, x.n_layers - x.n_keep))
+    quickest = min(fitting, key=lambda x: (x.step_seconds or 0.0, x.twice))
     return f"{rows} would {_slower(quickest, best)}"
 
 
@@ -94,8 +117,12 @@ def _why_layers(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candi
         return "pinned by gradient_checkpointing"
     if best.n_keep == best.n_layers:
         return "everything fits, so nothing is computed twice"
-    more = [x for x in ranked if x.micro_batch_size == best.micro_batch_size and x.n_keep == best.n_keep + 1]
-    over = format_bytes(more[0].budget.total_bytes - limit) if more else "no room"
+    more = [
+        x.budget.total_bytes
+        for x in ranked
+        if x.micro_batch_size == best.micro_batch_size and x.n_keep == best.n_keep + 1
+    ]
+    over = format_bytes(min(more) - limit) if more else "no room"
     return f"one more layer kept would be {over} over"
 
 
@@ -143,12 +170,12 @@ def _counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' if n != 1 else ''}"
 
 
-def unknowns(model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
+def unknowns(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
     """What the plan does not know, said rather than guessed."""
     found = []
     if device.kind == "cpu":
         found.append("what the C library keeps of freed memory: the process can hold more than the peak says")
-    if device.kind == "cuda":
+    if device.kind == "cuda" and fused_family(model, config) is None:
         found.append("which attention kernel runs: counted as one that keeps expanded keys and values")
     if len(set(model.linear_shapes)) == 0:
         found.append("this model's layers: their linears were not found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nbqlora.core.config import FinetuneConfig
@@ -43,10 +44,21 @@ MODELS = {
     "8B": llama("8B", 32, 4096, 14336, 32, 8),
     "13B": llama("13B", 40, 5120, 13824, 40, 40),
     "70B": llama("70B", 80, 8192, 28672, 64, 8),
+    "405B": llama("405B", 126, 16384, 53248, 128, 8),
+    # Of a family without fused layers.
+    "stock 8B": replace(llama("stock 8B", 32, 4096, 14336, 32, 8), architecture="cohere"),
 }
 
 
-def card(name: str, total_gib: float, *, bf16: bool, flops: float | None, context_gib: float = 0.4) -> DeviceSpec:
+def card(
+    name: str,
+    total_gib: float,
+    *,
+    bf16: bool,
+    flops: float | None,
+    context_gib: float = 0.4,
+    capability: tuple[int, int] | None = None,
+) -> DeviceSpec:
     context = int(context_gib * GIB)
     return DeviceSpec(
         kind="cuda",
@@ -56,8 +68,9 @@ def card(name: str, total_gib: float, *, bf16: bool, flops: float | None, contex
         context_bytes=context,
         host_free_bytes=12 * GIB,
         disk_free_bytes=100 * GIB,
-        capability=(8, 0) if bf16 else (7, 5),
+        capability=capability or ((8, 0) if bf16 else (7, 5)),
         has_bf16=bf16,
+        has_triton=True,
         matmul_flops=flops,
     )
 
@@ -78,8 +91,8 @@ def cpu(total_gib: float = 2, *, held_gib: float = 0.5, flops: float | None = 6e
 
 DEVICES = {
     "T4": card("Tesla T4", 14.74, bf16=False, flops=2.5e13),
-    "H100": card("H100", 80, bf16=True, flops=7.9e14),
-    "laptop": card("RTX 4060 Laptop", 8, bf16=True, flops=3e13),
+    "H100": card("H100", 80, bf16=True, flops=7.9e14, capability=(9, 0)),
+    "laptop": card("RTX 4060 Laptop", 8, bf16=True, flops=3e13, capability=(8, 9)),
     "CPU": cpu(),
 }
 

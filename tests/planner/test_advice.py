@@ -18,27 +18,36 @@ def message(model: str, device: Any, **changes: Any) -> str:
 
 def test_too_long() -> None:
     assert message("8B", "laptop", tokens=8192) == (
-        "8B needs 10.1 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
+        "8B needs 9.4 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
+        "  most of it: weights 5.3 GiB, activations 3.2 GiB, optimizer 0.31 GiB\n"
+        "  it fits with max_length = 2240 and all layers recomputed"
+    )
+    assert plan("8B", "laptop", tokens=2240).micro_batch_size == 1
+    assert message("8B", "laptop", tokens=2500).endswith("it fits with max_length = 2240 and all layers recomputed")
+
+
+def test_too_long_for_stock_layers() -> None:
+    assert message("stock 8B", "laptop", tokens=8192) == (
+        "stock 8B needs 10.1 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
         "  most of it: weights 5.3 GiB, activations 4.0 GiB, optimizer 0.31 GiB\n"
         "  it fits with max_length = 1984 and all layers recomputed"
     )
-    assert plan("8B", "laptop", tokens=1984).micro_batch_size == 1
-    assert message("8B", "laptop", tokens=2100).endswith("it fits with max_length = 1984 and all layers recomputed")
+    assert plan("stock 8B", "laptop", tokens=1984).micro_batch_size == 1
 
 
 def test_too_large() -> None:
     assert message("70B", "T4") == (
-        "70B needs 43.5 GiB and Tesla T4 has 13.8 GiB usable\n"
-        "  most of it: weights 36.8 GiB, activations 3.2 GiB, optimizer 1.5 GiB\n"
-        "  no max_length fits: 39.9 GiB are needed before the first token; a smaller model does"
+        "70B needs 42.3 GiB and Tesla T4 has 13.8 GiB usable\n"
+        "  most of it: weights 36.8 GiB, activations 1.5 GiB, optimizer 1.5 GiB\n"
+        "  no max_length fits: 40.7 GiB are needed before the first token; a smaller model does"
     )
 
 
 def test_ones_own_limit() -> None:
     assert message("8B", "H100", vram_gib=6) == (
-        "8B needs 6.6 GiB and H100 has 6.0 GiB usable\n"
-        "  most of it: weights 5.3 GiB, activations 0.57 GiB, optimizer 0.31 GiB\n"
-        "  no max_length fits: 6.0 GiB are needed before the first token; a smaller model does\n"
+        "8B needs 6.7 GiB and H100 has 6.0 GiB usable\n"
+        "  most of it: weights 5.3 GiB, activations 0.40 GiB, optimizer 0.31 GiB\n"
+        "  no max_length fits: 6.2 GiB are needed before the first token; a smaller model does\n"
         "  vram_gib = 6 is your own limit"
     )
     assert "your own limit" not in message("70B", "T4", vram_gib=80)
@@ -46,9 +55,9 @@ def test_ones_own_limit() -> None:
 
 def test_on_a_cpu_the_process_is_part_of_what_is_needed() -> None:
     assert message("1B", cpu(2)) == (
-        "1B needs 2.5 GiB and 2 CPU cores has 1.5 GiB usable\n"
-        "  most of it: weights 1.4 GiB, context 0.50 GiB, activations 0.37 GiB\n"
-        "  no max_length fits: 2.1 GiB are needed before the first token; a smaller model does"
+        "1B needs 2.6 GiB and 2 CPU cores has 1.5 GiB usable\n"
+        "  most of it: weights 1.4 GiB, context 0.50 GiB, activations 0.42 GiB\n"
+        "  no max_length fits: 2.2 GiB are needed before the first token; a smaller model does"
     )
 
 
@@ -89,12 +98,12 @@ def test_what_is_pinned_is_named_first_and_the_advice_holds(
 
 def test_a_pinned_batch_that_is_too_long_as_well() -> None:
     assert message("8B", "H100", tokens=1048576, per_device_train_batch_size=2).splitlines()[2] == (
-        "  it fits with max_length = 152832, one row at a time, and all layers recomputed"
+        "  it fits with max_length = 185856, one row at a time, and all layers recomputed"
     )
-    assert plan("8B", "H100", tokens=152832).layer_policies
+    assert plan("8B", "H100", tokens=185856).layer_policies
 
 
 def test_an_advised_length_is_the_longest() -> None:
-    plan("8B", "laptop", tokens=1984)
+    plan("8B", "laptop", tokens=2240)
     with pytest.raises(DoesNotFitError):
-        plan("8B", "laptop", tokens=1984 + 64)
+        plan("8B", "laptop", tokens=2240 + 64)

@@ -1,8 +1,7 @@
-"""The plan's bytes against what autograd saves and what the allocator hands out, on a CPU, in the real layers."""
+"""Stock layers: the plan's bytes against what autograd saves and what the allocator hands out, on a CPU."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,15 @@ from nbqlora.engine.checkpoint import apply_policies, decoder_layers
 from nbqlora.engine.head import chunked_loss
 from nbqlora.engine.surgery import keep_linears_trainable
 from nbqlora.hub.inspect import read_spec
-from nbqlora.planner.estimate import adapter_params, budget, loss_chunk_tokens
+from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.layer import LAYOUTS, Attention, attention_of, layer_bytes
+from nbqlora.planner.standing import adapter_params
+from nbqlora.planner.stock import StockMemory
 from tests import tiny
+from tests.planner.live_bytes import allocated_peak
 from tests.planner.shapes import DEVICES, MODELS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PADDED, PACKED = BatchLayout.PADDED, BatchLayout.PACKED
 
@@ -30,15 +34,9 @@ HEAD_DIM = {"qwen3": 32, "gemma2": 32, "gemma3_text": 32}
 RANK = 16
 BATCHES = {"padded": tiny.padded_batch(rows=2, seq=128), "packed": tiny.packed_batch(lengths=(100, 28, 90, 38))}
 ONE = {"one row": tiny.padded_batch(rows=1, seq=128)}
+# Families that have no fused layers, and those that keep transformers' own where their adapters are of another kind.
+FAMILIES = ("cohere", "llama", *LAYOUTS)
 Setting = tuple[Any, ModelSpec]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -61,9 +59,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Setting]:
     return loaded
 
 
-def step(model: Any, spec: ModelSpec, batch: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+CHUNK = 128
+
+
+def step(model: Any, spec: ModelSpec, batch: dict[str, Any], dtype: torch.dtype, chunk: int = CHUNK) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
-        total, count = chunked_loss(spec.head, loss_chunk_tokens(spec))(model, batch)
+        total, count = chunked_loss(spec.head, chunk)(model, batch)
     return total / count
 
 
@@ -123,14 +124,14 @@ def test_llama_in_fp32(make: Callable[..., Setting], batch: dict[str, Any], shap
     assert expected == pytest.approx(found[1], rel=1e-6)  # every tensor is named
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_fp32(make: Callable[..., Setting], family: str) -> None:
     model, spec = make(family, torch.float32)
     batch = BATCHES["padded"]
     check(saved_bytes(model, spec, batch, torch.float32), predicted(spec, batch, torch.float32, on_cpu=True))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_bf16_as_on_a_card(make: Callable[..., Setting], family: str, as_on_a_card: None) -> None:
     model, spec = make(family, torch.bfloat16)
     batch = BATCHES["padded"]
@@ -185,21 +186,6 @@ def test_a_recomputed_layer_saves_its_input(
     assert [found[i] for i in range(3)] == [batch["input_ids"].numel() * spec.d_model * dtype.itemsize] * 3
 
 
-def peak_bytes(work: Callable[[], Any], trace: Path) -> int:
-    """Highest bytes that the CPU allocator handed out at once beyond what was there before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    profiler.export_chrome_trace(str(trace))
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
-        highest = max(highest, now)
-    return highest
-
-
 DEVICE = {"total_bytes": 1 << 40, "free_bytes": 1 << 40, "host_free_bytes": 0, "disk_free_bytes": 0}
 LAYOUT = {"padded": PADDED, "packed": PACKED}
 PEAKS = {
@@ -221,15 +207,21 @@ def test_the_peak_of_a_step(make: Callable[..., Setting], case: Any, as_on_a_car
     model, spec = make(family, dtype, num_hidden_layers=4, **shape)
     batch = {"padded": tiny.padded_batch(rows=4, seq=128), "packed": tiny.packed_batch(lengths=(100, 28) * 4)}[kind]
     supervised = int((batch["labels"][:, 1:] != -100).sum())
-    name = "fp32" if dtype == torch.float32 else "bf16"
     # The arithmetic of a card, where PEFT and autocast get along; the memory is this CPU's.
     device = DeviceSpec(kind="cuda", name="", context_bytes=0, **DEVICE)
+    sizes = MicroBatch(rows=4, row_tokens=128, supervised_tokens=supervised, layout=LAYOUT[kind])
+    memory = StockMemory(config=config(), model=spec, device=device, batch=sizes, c=dtype.itemsize)
+    chunk = memory.loss_chunk_tokens()
     gradients = 4 * adapter_params(spec, config())
     for n_keep in (4, 2, 0):
         apply_policies(model, [RECOMPUTE] * (4 - n_keep) + [KEEP] * n_keep)
-        step(model, spec, batch, dtype).backward()  # gradients are there, as in all but a step's first micro-batch
-        found = gradients + peak_bytes(lambda: step(model, spec, batch, dtype).backward(), tmp_path / "trace.json")
-        parts = budget(config(), spec, device, name, 4, 128, supervised, n_keep, layout=LAYOUT[kind]).by_category
+
+        def work() -> None:
+            step(model, spec, batch, dtype, chunk).backward()
+
+        work()  # gradients are there, as in all but a step's first micro-batch
+        found = gradients + allocated_peak(work, tmp_path / "trace.json")
+        parts = memory.budget(n_keep).by_category
         standing = (MemoryCategory.WEIGHTS, MemoryCategory.ADAPTER, MemoryCategory.OPTIMIZER, MemoryCategory.CONTEXT)
         expected = sum(n for category, n in parts.items() if category not in standing)
         assert 0.98 * found <= expected <= 1.15 * found, (n_keep, expected / found)

@@ -1,0 +1,160 @@
+"""Memory of a run on fused layers, by the policies of its layers: the peak is the largest of these moments.
+
+- the forward of the last layer, when all others have kept what they keep;
+- the loss: hidden states, their gradients, and one chunk of logits;
+- the first layer that each policy has in the backward: what is kept up to it, and its own work. Recomputed layers stand
+  first, so that all that the others kept is free again when their turn comes.
+
+The chunk of the loss is as large as the backward's peak leaves room for, since that is needed anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.families import Family
+from nbqlora.core.plan import MemoryBudget
+from nbqlora.core.specs import BatchLayout, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
+from nbqlora.core.units import MIB
+from nbqlora.planner.batch import MicroBatch
+from nbqlora.planner.fused import FusedLayer, fused_layer, not_captured_because
+from nbqlora.planner.logits import LOSS_CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK, logit_bytes, power_of_two
+from nbqlora.planner.standing import DTYPE_BYTES, adapter_params, standing_bytes
+from nbqlora.planner.walk import backward_peak, forward_peak
+
+KEEP, MLP, RECOMPUTE = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE_MLP, LayerPolicy.RECOMPUTE
+# A chunk of the loss may always be so large. What a small one costs, as the head is read for each: 1B 4 x 512 on an
+# H100 took 27.3 ms with 256 tokens and 2.99 GiB, 25.9 ms with 1,024 and 3.12 GiB.
+FREE_CHUNK_BYTES = 32 * MIB
+# Token ids, labels and positions, and a captured step's own of them.
+INPUT_BYTES = 64
+# Shapes that are captured beside the largest one keep the gradient of their hidden states: 7, 6, 5, 4 and 3 eighths.
+OTHER_SHAPES = 25 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedMemory:
+    """What one micro-batch takes, for any numbers of layers by policy.
+
+    Args:
+        standing: what is there all the time, by category, with the arena.
+        always: bytes that are there from the forward to the end of the backward, whatever is kept.
+        kept: bytes of one layer between its forward and its backward, by policy.
+        forward: bytes of the last layer's forward beyond its input.
+        backward: bytes of a layer's backward beyond what is kept, by policy and whether it is the last layer.
+        behind: bytes of the gradient that a captured step holds beyond the last layer's backward.
+        losses: bytes of the loss without a chunk, and for each token of a chunk; of an eager and of a captured step.
+        logits: bytes of logits for each token of a chunk.
+        most_rows: tokens that a chunk can use.
+        x: bytes of a layer's input.
+        n_layers: decoder layers.
+    """
+
+    standing: Mapping[MemoryCategory, int]
+    always: int
+    kept: Mapping[LayerPolicy, int]
+    forward: int
+    backward: Mapping[tuple[LayerPolicy, bool], int]
+    behind: int
+    losses: Sequence[tuple[int, int]]
+    logits: int
+    most_rows: int
+    x: int
+    n_layers: int
+
+    def total_bytes(self, n_keep: int, n_recompute_mlp: int = 0) -> int:
+        """The peak."""
+        stored, working = self._moments(n_keep, n_recompute_mlp)
+        loss = self._loss(self._chunk(stored, working))
+        return sum(self.standing.values()) + self.always + max(working, stored + loss)
+
+    def budget(self, n_keep: int, n_recompute_mlp: int = 0) -> MemoryBudget:
+        """The peak by category."""
+        stored, working = self._moments(n_keep, n_recompute_mlp)
+        loss = self._loss(self._chunk(stored, working))
+        in_loss = stored + loss > working
+        m = MemoryCategory
+        parts = {
+            **self.standing,
+            m.ACTIVATIONS: self.always + (stored if in_loss else working),
+            m.LOSS: loss if in_loss else 0,
+        }
+        return MemoryBudget(by_category={k: v for k, v in parts.items() if v})
+
+    def loss_chunk_tokens(self, n_keep: int, n_recompute_mlp: int = 0) -> int:
+        """Supervised tokens whose logits exist at once: a power of two from 64 to 4,096, within 256 MiB."""
+        return self._chunk(*self._moments(n_keep, n_recompute_mlp))
+
+    def _moments(self, n_keep: int, n_recompute_mlp: int) -> tuple[int, int]:
+        """What is kept when all layers have run, and the peak of forward and backward; both without what is always."""
+        counts = ((RECOMPUTE, self.n_layers - n_keep - n_recompute_mlp), (MLP, n_recompute_mlp), (KEEP, n_keep))
+        there = [(policy, n) for policy, n in counts if n]
+        stored = working = 0
+        for policy, n in there:
+            stored += n * self.kept[policy]
+            last = policy is there[-1][0]
+            working = max(working, stored + self.backward[policy, last] + (0 if last else self.behind))
+        forward = stored - self.kept[there[-1][0]] + self.x + self.forward
+        return stored, max(working, forward)
+
+    def _loss(self, chunk: int) -> int:
+        return max(hidden + row * chunk for hidden, row in self.losses)
+
+    def _chunk(self, stored: int, working: int) -> int:
+        """Tokens of a chunk that fit beside the hidden states before the peak of the backward is reached."""
+        room = working - stored
+        free = min(max(FREE_CHUNK_BYTES, room - hidden) // row for hidden, row in self.losses)
+        fits = power_of_two(min(LOSS_CHUNK_BYTES // self.logits, free))
+        return max(MIN_CHUNK, min(MAX_CHUNK, self.most_rows, fits))
+
+
+def fused_memory(
+    config: FinetuneConfig,
+    family: Family,
+    model: ModelSpec,
+    device: DeviceSpec,
+    dtype: str,
+    batch: MicroBatch,
+) -> FusedMemory:
+    """What one micro-batch takes."""
+    captured, c = not not_captured_because(family, model, device, dtype), DTYPE_BYTES[dtype]
+    layer = fused_layer(family, model, config, device, dtype, batch)
+    standing = standing_bytes(config, model, device, c, captured=captured)
+    standing[MemoryCategory.ADAPTER] += adapter_params(model, config) * c if c < 4 else 0
+    standing[MemoryCategory.DEQUANT] = layer.arena_bytes
+    width, logits = layer.rows(layer.d), model.vocab_size * logit_bytes(model, device, c)
+    several = batch.ragged or batch.layout is BatchLayout.PACKED
+    return FusedMemory(
+        standing=standing,
+        always=layer.rows(2 * model.head_dim)
+        + INPUT_BYTES * layer.tokens
+        + (int(OTHER_SHAPES * width) if captured and several else 0),
+        kept={policy: layer.kept_bytes(policy) for policy in LayerPolicy},
+        forward=forward_peak(layer),
+        backward={(p, last): backward_peak(layer, p, last=last) for p in LayerPolicy for last in (True, False)},
+        behind=width if captured else 0,
+        losses=_losses(layer, batch, model.vocab_size * c, logits, captured=captured),
+        logits=logits,
+        most_rows=2 * power_of_two(max(1, batch.supervised_tokens - 1)),
+        x=width,
+        n_layers=model.n_layers,
+    )
+
+
+def _losses(layer: FusedLayer, batch: MicroBatch, result: int, logits: int, *, captured: bool) -> list[tuple[int, int]]:
+    """Bytes of the loss: what it needs whatever the chunk, and for each token of a chunk.
+
+    Eager, as also the first step of each shape is: the last layer's output, its norm and a factor a token; the rows
+    that are supervised, where they stand, and their gradient. A chunk has its logits, then with them as their own
+    gradient that of its rows. Captured: the last layer's output and the gradient of it, and for a chunk its rows and
+    their norm too.
+
+    Args:
+        result: bytes of a token's logits when they are their own gradient.
+        logits: bytes at their peak.
+    """
+    all_tokens, width, n = layer.rows(layer.d), layer.d * layer.c, batch.supervised_tokens
+    eager = (2 * all_tokens + 4 * layer.tokens + n * (2 * width + 16), max(logits, result + width))
+    return [eager, (2 * all_tokens, max(logits + 2 * width, result + 3 * width))] if captured else [eager]
