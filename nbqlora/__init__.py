@@ -12,7 +12,7 @@ from nbqlora.core.version import __version__ as __version__
 
 __all__ = [
     "ConfigError", "DataReport", "DoctorReport", "NbqloraError", "Plan", "Report", "Run", "VramReport", "data_report",
-    "doctor", "finetune", "plan", "vram",
+    "doctor", "finetune", "load", "optimize", "plan", "restore", "vram",
 ]  # fmt: skip
 
 _HOME = {
@@ -27,12 +27,15 @@ _HOME = {
     "data_report": "nbqlora.api",
     "doctor": "nbqlora.api",
     "finetune": "nbqlora.api",
+    "load": "nbqlora.api",
+    "optimize": "nbqlora.api",
     "plan": "nbqlora.api",
+    "restore": "nbqlora.api",
     "vram": "nbqlora.api",
 }
 
 if TYPE_CHECKING:
-    from nbqlora.api import data_report, doctor, finetune, plan, vram
+    from nbqlora.api import data_report, doctor, finetune, load, optimize, plan, restore, vram
     from nbqlora.core.data_report import DataReport
     from nbqlora.core.doctor import DoctorReport
     from nbqlora.core.errors import ConfigError, NbqloraError

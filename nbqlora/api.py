@@ -9,12 +9,13 @@ from nbqlora import view
 from nbqlora.core.data_report import DataReport
 from nbqlora.core.doctor import DoctorReport
 from nbqlora.core.events import Observer
-from nbqlora.core.plan import Plan
+from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.report import VramReport
 from nbqlora.core.request import CellRequest
 from nbqlora.memory import probe
 
 if TYPE_CHECKING:
+    from nbqlora.engine.loaded import LoadedModel
     from nbqlora.run import Run
 
 view.register_all()
@@ -97,3 +98,52 @@ def doctor(model: str | None = None, output_dir: str = ".") -> DoctorReport:
     from nbqlora.run.doctor import doctor as look_at_all
 
     return look_at_all(model, output_dir)
+
+
+def load(model: str, **options: Any) -> LoadedModel:
+    """A model in NF4 with fresh adapters and the fused layers, for a loop of one's own or any TRL trainer.
+
+    It is planned for micro-batches of ``per_device_train_batch_size`` rows of ``max_length`` tokens, all learned.
+
+    Args:
+        model: a hub id, a folder, or ``"demo"``.
+        **options: those of :func:`finetune` except ``data``.
+
+    Returns:
+        ``.model``, a ``PeftModel`` with PEFT's names; ``.optimizer(learning_rate=...)``; ``.train_step(optimizer,
+        input_ids=, labels=)``, one whole step, captured where it can be; ``.plan``, ``.replacements``.
+
+    Raises:
+        ConfigError, DoesNotFitError, ModelError: as :func:`finetune`.
+
+    Example:
+        >>> loaded = nbqlora.load("demo", max_length=512, per_device_train_batch_size=2)
+        >>> optimizer = loaded.optimizer(learning_rate=2e-4)
+        >>> loss = loaded.train_step(optimizer, input_ids=ids, labels=ids)
+    """
+    from nbqlora.run.loading import load_to_train
+
+    return load_to_train(model, options)
+
+
+def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
+    """Put the fused layers on a model that is loaded already: a ``PeftModel``, NF4 or not.
+
+    Instances are changed, never classes; :func:`restore` undoes it.
+
+    Args:
+        plan: for the layers' policies; None keeps everything.
+
+    Returns:
+        What was replaced, and what was looked at and left, each with the reason.
+    """
+    from nbqlora.engine.optimize import optimize as put_on
+
+    return put_on(model, plan)
+
+
+def restore(model: Any) -> None:
+    """Undo :func:`optimize`; parameters and gradients keep their values."""
+    from nbqlora.engine.optimize import restore as take_off
+
+    take_off(model)

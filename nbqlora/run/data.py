@@ -8,7 +8,7 @@ from nbqlora.core.request import CellRequest
 from nbqlora.engine.quiet import quiet_libraries
 from nbqlora.run.layout import choose_layout
 from nbqlora.run.look import encoded, place_of, tokenizer_of
-from nbqlora.run.steps import table_fields
+from nbqlora.run.tables import table_fields
 
 
 def data_report(request: CellRequest) -> DataReport:

@@ -13,9 +13,8 @@ from nbqlora.core.plan import Replacement, SavedAdapter
 from nbqlora.core.report import Report, Status
 from nbqlora.core.specs import BatchLayout
 from nbqlora.core.units import format_minutes
-from nbqlora.engine.checkpoint import apply_policies, clear_policies
-from nbqlora.engine.head import LossFunction, choose_loss
-from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.engine.loaded import LoadedModel
+from nbqlora.engine.optimize import restore
 from nbqlora.engine.packing import PackingProbe
 from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
@@ -25,6 +24,7 @@ from nbqlora.memory.peak import PeakMeter
 from nbqlora.run.history import unpack_events
 from nbqlora.run.journal import Journal
 from nbqlora.run.layout import probe_loaded, settle
+from nbqlora.run.loading import prepare
 from nbqlora.run.look import Look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import Beginning, begin, resumed
@@ -35,6 +35,7 @@ from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
 
 if TYPE_CHECKING:
+    from nbqlora.train.events import EventCallback
     from nbqlora.train.trainer import QLoraTrainer
 
 # Rows whose tokens the loaded model is probed with.
@@ -93,8 +94,13 @@ class Job:
         if self._checkpoint is not None:
             load_adapter_weights(self.session.loaded.model, self._checkpoint.folder)
             self._journal.note(resumed(self._checkpoint))
+        self._prepare()
         if plan.data.layout is not BatchLayout.PADDED:
             self._check_layout(probe_loaded(self.session.loaded, self._seen.train.dataset[:FEW_ROWS]["input_ids"]))
+
+    def _prepare(self) -> None:
+        """Fused layers, the loss, and what stands on the model, listed."""
+        self._replacements = prepare(self._loaded(), self.plan)
 
     def _check_layout(self, found: PackingProbe) -> None:
         """Pad the rows, and plan again, where the loaded model mixes documents that its miniature kept apart."""
@@ -103,6 +109,7 @@ class Job:
         seen = self._seen.laid_out(*settle(self._config, found))
         resume = self._checkpoint is not None
         self._take(seen, begin(self._config, seen, resume=resume, how=self._how))
+        self._prepare()
         self._journal.note(f"planned again, with padding: {found.because}")
         self._journal.emit(PlannedEvent(plan=self.plan, elapsed_seconds=self._journal.clock()))
 
@@ -138,13 +145,8 @@ class Job:
 
     def _train(self) -> None:
         loaded, plan = self._loaded(), self.plan
-        policies = apply_policies(loaded.model, plan.layer_policies)
-        loss, chosen = choose_loss(
-            loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
-        )
-        self._replacements = (*loaded.replacements, chosen, *policies)
         peak, evaluation = PeakMeter(plan.device.kind), self._seen.evaluation
-        trainer = self._trainer(loaded, loss, peak)
+        trainer, events = self._trainer(loaded, peak)
         if evaluation is not None and self._checkpoint is None:
             self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
         try:
@@ -153,16 +155,22 @@ class Job:
                 trainer.train()
             else:
                 trainer.go_on(training_state(self._checkpoint))
+            events.flush()
+        except KeyboardInterrupt:
+            events.flush()  # what the adapter holds must be told before it is saved
+            raise
         finally:
             peak.stop()
             self._peak_bytes = peak.read()
             trainer.release()
-            clear_policies(loaded.model)
+            loaded.release()
+            restore(loaded.model)
             collect()
 
-    def _trainer(self, loaded: LoadedModel, loss: LossFunction, peak: PeakMeter) -> QLoraTrainer:
+    def _trainer(self, loaded: LoadedModel, peak: PeakMeter) -> tuple[QLoraTrainer, EventCallback]:
+        from nbqlora.train.arguments import trainer_arguments
         from nbqlora.train.events import EventCallback, StepMeter
-        from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
+        from nbqlora.train.trainer import QLoraTrainer
 
         meter, evaluation = StepMeter(), self._seen.evaluation
         events = EventCallback(
@@ -173,17 +181,17 @@ class Job:
             clock=self._journal.clock,
             save_seconds=self._config.save_minutes * 60,
         )
-        return QLoraTrainer(
+        trainer = QLoraTrainer(
             loaded=loaded,
             arguments=trainer_arguments(self._config, self.plan, evaluation is not None),
             train_dataset=self._seen.train.dataset,
             eval_dataset=None if evaluation is None else evaluation.dataset,
-            loss=loss,
             meter=meter,
             find_rows=self._seen.train.find_rows,
             save_state=self._checkpoint_now,
             callbacks=[events],
         )
+        return trainer, events
 
     def _step(self, event: Event) -> None:
         self._journal.emit(event)

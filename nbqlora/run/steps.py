@@ -8,8 +8,6 @@ Magic, API and shell all come through :func:`finetune`.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from nbqlora.core.config import FinetuneConfig, validate
@@ -26,6 +24,7 @@ from nbqlora.run.look import look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import begin, laid_out_then
 from nbqlora.run.session import clear_frames, free_all
+from nbqlora.run.tables import table_fields
 
 
 def make_plan(
@@ -123,17 +122,6 @@ def _interrupted(journal: Journal) -> str:
     if saved and saved[-1].step == steps[-1].step:
         return f"interrupted while saving; what was saved last is {saved[-1].path}"
     return "interrupted while saving; the adapter on disk, if any, is of an earlier run"
-
-
-def table_fields(table: str) -> frozenset[str]:
-    """Names of SFTConfig's (``trl``) or LoraConfig's (``peft``) fields."""
-    if table == "trl":
-        from trl import SFTConfig
-
-        return frozenset(f.name for f in dataclasses.fields(SFTConfig))
-    from peft import LoraConfig
-
-    return frozenset(f.name for f in dataclasses.fields(LoraConfig))
 
 
 def how_to_resume(request: CellRequest, name: str) -> str:

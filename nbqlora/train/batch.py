@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ class MicroBatch:
 
 def count_tokens(inputs: dict[str, Any]) -> int:
     """Tokens that go through the model, padding left out."""
+    if "n_tokens" in inputs:
+        return int(inputs["n_tokens"])
     mask = inputs.get("attention_mask")
     return int(inputs["input_ids"].numel() if mask is None else mask.sum())
 
@@ -30,6 +32,9 @@ def documents(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None:
         return [(a[m.bool()], b[m.bool()]) for a, b, m in zip(ids, labels, mask, strict=True)]
+    if "lengths" in inputs:
+        lengths = inputs["lengths"].tolist()
+        return [(a[:n], b[:n]) for a, b, n in zip(ids, labels, lengths, strict=True)]
     if positions is None:
         return list(zip(ids, labels, strict=True))
     starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
@@ -43,3 +48,17 @@ def end_to_end(documents: Sequence[Sequence[int]], *, pad_token_id: int, device:
     collator = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=True)
     batch = collator([{"input_ids": list(d), "labels": list(d)} for d in documents])
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def in_few_shapes(collate: Callable[[Any], dict[str, Any]], fix: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A collator whose batches a captured step fits; how many tokens they have without filling is ``n_tokens``."""
+
+    def collated(rows: Any) -> dict[str, Any]:
+        batch = collate(rows)
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        known: dict[str, Any] = {"n_tokens": count_tokens(batch)}
+        if "position_ids" not in batch:
+            known["lengths"] = torch.full(ids.shape[:1], ids.shape[1]) if mask is None else mask.sum(1)
+        return {**fix(batch), **known}
+
+    return collated

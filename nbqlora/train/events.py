@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
@@ -12,13 +13,37 @@ from nbqlora.core.events import EvalEvent, NoteEvent, Observer, PhaseEvent, Step
 from nbqlora.train.stop import EvaluationCutError, Stop
 
 
+class Numbers(Protocol):
+    """A step's figures that are still on their way from the card."""
+
+    n_tokens: int
+
+    def read(self) -> tuple[float, float | None]:
+        """Wait for loss and gradient norm; raises NonFiniteLossError where the step had none that is finite."""
+
+
 class StepMeter:
-    """What the trainer counts for the step at hand: filled by the trainer, read by the callback."""
+    """What the trainer counts for the step at hand: filled by the trainer, read by the callback.
+
+    ``numbers`` is None where loss and tokens are known when the step ends.
+    """
 
     def __init__(self) -> None:
         self.loss = float("nan")
         self.n_tokens = 0
         self.eval_loss = float("nan")
+        self.numbers: Numbers | None = None
+
+
+@dataclass(kw_only=True)
+class _Waiting:
+    """A step that is done, but not told yet."""
+
+    step: int
+    total_steps: int
+    learning_rate: float
+    seconds: float
+    numbers: Numbers
 
 
 class EventCallback(TrainerCallback):
@@ -50,18 +75,46 @@ class EventCallback(TrainerCallback):
         self._ending = ""
         self._save_at_epoch_end = False
         self._steps_here = 0
+        self._waiting: _Waiting | None = None
+        self._rate = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def flush(self) -> None:
+        """Tell the step whose figures were on their way. Raises NonFiniteLossError, naming its rows."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        loss, norm = waiting.numbers.read()
+        self._emit(
+            StepEvent(
+                step=waiting.step,
+                total_steps=waiting.total_steps,
+                loss=loss,
+                learning_rate=waiting.learning_rate,
+                grad_norm=norm,
+                n_tokens=waiting.numbers.n_tokens,
+                seconds=waiting.seconds,
+                peak_bytes=self._peak(),
+                elapsed_seconds=self._clock(),
+            )
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The loop starts."""
         done = f"{state.max_steps - state.global_step} of " if state.global_step else ""
         self._emit(PhaseEvent(phase="train", detail=f"{done}{state.max_steps} steps", elapsed_seconds=self._clock()))
         self._mark = self._saved = perf_counter()
+        self._rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here until the step is told, no second interrupt: an adapter is of one step or of the next."""
+        """From here until the step is told, no second interrupt: an adapter is of one step or of the next.
+
+        The step before is told now at the latest: if it was not finite, the optimizer left the adapter alone, and this
+        step must not touch it either.
+        """
+        self.flush()
         self._stop.hold()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is whole: adapter, optimizer and schedule are consistent, so here a run may end."""
         now = perf_counter()
         self._seconds, self._mark = now - self._mark, now
@@ -79,6 +132,28 @@ class EventCallback(TrainerCallback):
             # The end of an epoch brings an evaluation: a checkpoint behind it has its result.
             self._save_at_epoch_end = bool(reason) or last or float(state.epoch).is_integer()
             control.should_save = not self._save_at_epoch_end
+        if self._meter.numbers is not None:
+            self._tell_later(state, control, kwargs["lr_scheduler"])
+
+    def _tell_later(self, state: Any, control: Any, scheduler: Any) -> None:
+        """The figures are on their way: the next step tells them, unless something happens before that needs them."""
+        numbers, self._meter.numbers = self._meter.numbers, None
+        assert numbers is not None
+        self._waiting = _Waiting(
+            step=state.global_step,
+            total_steps=state.max_steps,
+            learning_rate=self._rate,
+            seconds=self._seconds,
+            numbers=numbers,
+        )
+        self._rate = float(scheduler.get_last_lr()[0])
+        control.should_log = False
+        if self._ending or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.flush()
+        if self._ending:
+            self._tell_stop(state.global_step, self._ending)
+            self._ending = ""
+        self._stop.release()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """A step's figures; Trainer's last log, which holds no loss, is passed over."""
@@ -105,6 +180,7 @@ class EventCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stopped run saves at once, without the evaluation that the end of an epoch would bring."""
+        self.flush()
         if self._stop.reason:
             control.should_evaluate = False
             if not control.should_training_stop:  # asked for since the epoch's last step

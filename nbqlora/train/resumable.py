@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
+from nbqlora.engine.optimizer import FLAT_NAME
 from nbqlora.train.state import (
     TrainingState,
     kept_random_state,
@@ -94,7 +95,9 @@ class ResumableTrainer(SFTTrainer):
         return every_epoch and self._evaluated_at != self.state.global_step
 
     def _names(self) -> dict[torch.Tensor, str]:
-        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {**names, **{p: FLAT_NAME for p in stepped if p not in names}}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._save_state(self.state_now())

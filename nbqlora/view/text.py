@@ -99,9 +99,9 @@ def report_rows(report: Report) -> list[Row]:
         rows.append(("peak", format_bytes(report.measured_peak_bytes), planned))
     if report.adapter:
         rows.append(("adapter", report.adapter.path, format_bytes(report.adapter.n_bytes)))
-    changed = [r for r in report.replacements if r.new]
     rows += [("left as is", r.path, r.because) for r in report.replacements if not r.new]
-    rows += [("engine", f"{r.path}: {r.new}", r.because) for r in changed[:1]]
+    # The layers' policies stand in the plan.
+    rows += [("engine", f"{r.path}: {r.new}", r.because) for r in report.replacements if r.new and r.old != "keep"]
     return rows
 
 

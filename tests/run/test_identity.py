@@ -15,7 +15,7 @@ from nbqlora.memory.device import device_spec
 from nbqlora.run.identity import FREE_TRL, differences
 from nbqlora.run.look import look
 from nbqlora.run.resume import begin
-from nbqlora.run.steps import table_fields
+from nbqlora.run.tables import table_fields
 from tests import tiny
 from tests.run.resuming import OPTIONS, ROWS, edit_state, finetune, plan, saved_steps
 

@@ -12,17 +12,17 @@ import nbqlora
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.events import EvalEvent, Event, StepEvent
 from nbqlora.core.plan import Plan
-from nbqlora.engine.checkpoint import apply_policies
-from nbqlora.engine.head import choose_loss
-from nbqlora.engine.loaded import LoadedModel, autocast
+from nbqlora.engine.loaded import LoadedModel
 from nbqlora.engine.surgery import keep_linears_trainable
 from nbqlora.hub.load import load
 from nbqlora.planner import make_plan
+from nbqlora.run.loading import prepare
 from nbqlora.run.look import look
+from nbqlora.train.arguments import trainer_arguments
 from nbqlora.train.events import EventCallback, StepMeter
 from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
-from nbqlora.train.trainer import QLoraTrainer, trainer_arguments
+from nbqlora.train.trainer import QLoraTrainer
 from tests import tiny
 
 # Constant, so that the first step moves too; small batches, so that several ways to split them exist.
@@ -79,10 +79,7 @@ def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: A
     loaded = load(config, plan, seen.location, seen.tokenizer)
     if change is not None:
         change(loaded.model)
-    apply_policies(loaded.model, plan.layer_policies)
-    loss, _ = choose_loss(
-        loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
-    )
+    prepare(loaded, plan)
     events: list[Event] = []
     states: list[TrainingState] = []
     meter = StepMeter()
@@ -94,7 +91,6 @@ def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: A
         arguments=trainer_arguments(config, plan, seen.evaluation is not None),
         train_dataset=seen.train.dataset,
         eval_dataset=None if seen.evaluation is None else seen.evaluation.dataset,
-        loss=loss,
         meter=meter,
         find_rows=seen.train.find_rows,
         save_state=states.append,

@@ -71,7 +71,13 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss(model: Path, tmp_path
     found = parts(model, ROWS[:4], tmp_path, max_steps=2)
     lora = tiny.lora_parameters(found.loaded.model)
     before = {name: p.detach().clone() for name, p in lora.items()}
-    next(iter(lora.values())).register_hook(lambda gradient: gradient.fill_(float("inf")))
+    clip = found.trainer._clip_grad_norm
+
+    def poisoned(model: Any) -> torch.Tensor:
+        next(iter(lora.values())).grad.fill_(float("inf"))
+        return clip(model)
+
+    found.trainer._clip_grad_norm = poisoned
     with pytest.raises(
         NonFiniteLossError, match=r"^the gradient of step 1 is not finite, on the data's rows 1, 2, 3, 4;"
     ):

