@@ -1,7 +1,8 @@
 """A decoder layer's backward, from what its forward kept.
 
-Adapters' gradients are added straight to their flat buffer. What the layer kept is dropped as soon as it was used, so
-that a recomputed layer never holds its MLP and its attention at once.
+Adapters' gradients are added straight to their flat buffer. A layer that recomputes makes all that it dropped at once,
+writes gate's and up's gradients over their values, and lets go of each tensor when it was used; what a layer kept, its
+autograd node holds until the end.
 """
 
 from __future__ import annotations

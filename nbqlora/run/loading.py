@@ -33,7 +33,17 @@ def prepare(loaded: LoadedModel, plan: Plan) -> tuple[Replacement, ...]:
         loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
     )
     loaded.plan, loaded.loss = plan, loss
-    return (*loaded.replacements, *fused, chosen)
+    return (*loaded.replacements, *fused, chosen, *told_of_the_step(loaded))
+
+
+def told_of_the_step(loaded: LoadedModel) -> tuple[Replacement, ...]:
+    """Whether steps will be captured, or why not: the loaded model's answer, where the plan only expected one."""
+    if loaded.device.type != "cuda":
+        return ()
+    because, old = loaded.micro_step().eager_because, "launched kernel by kernel"
+    if because:
+        return (Replacement(path="step", old=old, new="", because=because),)
+    return (Replacement(path="step", old=old, new="captured", because="a replay does not wait for the host"),)
 
 
 def load_to_train(model: str, options: dict[str, Any]) -> LoadedModel:

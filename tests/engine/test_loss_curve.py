@@ -50,7 +50,7 @@ def test_the_tiny_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_model() -> None:
-    """About 20 minutes on two cores."""
+    """400 steps of 64 tokens."""
     import nbqlora
     from nbqlora.engine.optimize import restore
 
