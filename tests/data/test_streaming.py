@@ -88,12 +88,12 @@ def test_a_large_parquet_file_is_read_by_row_groups(tmp_path: Path) -> None:
     texts = [f"{i} {OUTPUT * 4}" for i in range(20_000)]
     table = Table.from_pydict({"instruction": texts, "output": texts})
     with parquet.ParquetWriter(path, table.schema, use_dictionary=False) as file:
-        for _ in range(5):
+        for _ in range(10):
             file.write_table(table, row_group_size=5000)
     n, grown = read_in_a_process(path)
-    # 105 MB of text.
-    assert n == 100_000
-    assert grown <= 32
+    # 210 MB of text. Arrow's allocator keeps 16 to 58 MiB of it, more or less each time, of a file of any length.
+    assert n == 200_000
+    assert grown <= 90
 
 
 def test_the_first_rows_of_a_large_file_are_there_before_the_rest_is_read(tmp_path: Path) -> None:
