@@ -97,8 +97,16 @@ class DoesNotFitError(NbqloraError, MemoryError):
     """No plan fits the memory; raised before anything is downloaded or loaded."""
 
 
-class OutOfDiskError(NbqloraError, OSError):
+class DiskError(NbqloraError, OSError):
+    """The disk refused what was written to it; what was there before is whole."""
+
+
+class OutOfDiskError(DiskError):
     """The disk has too little room for what is about to be written."""
+
+
+class PublishError(NbqloraError, OSError):
+    """What was made cannot be put on the hub; on this machine nothing was changed."""
 
 
 class TrainingError(NbqloraError, RuntimeError):

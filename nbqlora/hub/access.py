@@ -22,8 +22,8 @@ from nbqlora.memory.host import disk_free_bytes
 
 SITE = "https://huggingface.co"
 TOKENS = f"{SITE}/settings/tokens"
-# The weights' files, best first: one file, or an index that names several.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# The weights' files, best first: one file, or an index that names several. Pickles are no weights here.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What transformers downloads; a repository may hold the same weights in other forms too.
 WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 KAGGLE_INPUT = Path("/kaggle/input")

@@ -1,10 +1,10 @@
 """Checkpoints on disk: everything that a run needs to go on, in formats that hold no code.
 
 A checkpoint is one folder, ``<output_dir>/checkpoints/step-000123``: the adapter in PEFT's own format (plain
-PEFT loads the folder), further tensors as safetensors, and ``state.json`` with all values and with the size
-and digest of every other file. It appears by one rename, so a killed write leaves no checkpoint rather than
-half of one; a file that was cut or changed later is found by its digest, and the checkpoint before it is
-taken.
+PEFT loads the folder), further tensors as safetensors, and ``state.json`` with all values, with the size
+and digest of every other file, and with a digest of itself. It appears by one rename, so a killed write leaves no
+checkpoint rather than half of one; a file that was cut or changed later is found by its digest, and the checkpoint
+before it is taken. What else lies in the folder is never opened.
 
 What the values mean is the business of those who give them: here a step, an identity and two groups of
 names are all that is known.
@@ -12,24 +12,27 @@ names are all that is known.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from nbqlora.core.errors import ModelError
+from nbqlora.core.errors import DiskError, ModelError
 from nbqlora.hub.atomic import check_room, new_folder, remove_folder, write_json
-from nbqlora.hub.save import WEIGHTS, adapter_bytes, sha256, write_adapter
+from nbqlora.hub.manifest import CONFIG, WEIGHTS
+from nbqlora.hub.refused import disk_errors
+from nbqlora.hub.save import adapter_bytes, write_adapter
+from nbqlora.hub.sealed import FileFacts, OtherFormatError, file_facts, first_damage, read_facts, read_sealed, sealed
+from nbqlora.hub.stored import StoredTensors
 
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE = "state.json"
-FORMAT = 1
+# 2: state.json tells its own damage, and the optimizer's states are kept by parameter.
+FORMAT = 2
 # For the small files, and so that a checkpoint does not take the last block of a disk.
 ROOM_BYTES = 16 << 20
 
@@ -56,7 +59,7 @@ class Checkpoint:
     saved_at: float
     identity: Identity
     state: Mapping[str, Any]
-    files: Mapping[str, tuple[int, str]]
+    files: FileFacts
 
     @property
     def n_bytes(self) -> int:
@@ -65,20 +68,31 @@ class Checkpoint:
 
     def damage(self) -> str:
         """What is wrong with its files, compared with what was written; ``""`` when nothing is."""
-        for name, (size, digest) in self.files.items():
-            file = self.folder / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} of {size} bytes"
-            if sha256(file) != digest:
-                return f"{name} is not what was written"
-        return ""
+        return first_damage(self.folder, self.files)
 
-    def tensors(self, group: str) -> dict[str, torch.Tensor]:
-        """The tensors of one group, on the CPU."""
-        # Copied, so that nothing keeps hanging on the file.
-        return {name: t.clone() for name, t in load_file(self.folder / f"{group}.safetensors").items()}
+    def tensors(self, group: str) -> Tensors:
+        """The tensors of one group, on the CPU; each is read when it is asked for, and not kept.
+
+        Raises:
+            ModelError: the file is gone or was cut, here or when a tensor is read.
+        """
+        return _FileTensors(self.folder / f"{group}.safetensors")
+
+
+class _FileTensors(Mapping[str, torch.Tensor]):
+    """Tensors of a file, in memory of their own."""
+
+    def __init__(self, file: Path) -> None:
+        self._stored = StoredTensors([file])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def write_checkpoint(
@@ -102,26 +116,31 @@ def write_checkpoint(
 
     Raises:
         OutOfDiskError: there is too little room; nothing was touched.
-        OSError: the disk refused; nothing is left of the attempt.
+        DiskError: the disk refused; nothing is left of the attempt, and a former checkpoint of this step is whole.
     """
     target = root / f"step-{step:06d}"
-    root.mkdir(parents=True, exist_ok=True)
-    tensors = [t for group in groups.values() for t in group.values()]
-    needed = adapter_bytes(model) + sum(t.numel() * t.element_size() for t in tensors) + ROOM_BYTES
-    check_room(root, needed, f"the checkpoint of step {step}", "free some room for the next one")
-    if target.exists():
-        remove_folder(target)
-    with new_folder(target) as folder:
-        try:
+    what, advice = f"the checkpoint of step {step}", "free some room for the next one"
+    with disk_errors(f"{what} cannot be written", advice):
+        root.mkdir(parents=True, exist_ok=True)
+        tensors = [t for group in groups.values() for t in group.values()]
+        needed = adapter_bytes(model) + sum(t.numel() * t.element_size() for t in tensors) + ROOM_BYTES
+        check_room(root, needed, what, advice)
+        with new_folder(target, replace=True) as folder:
             write_adapter(model, folder, base_name)
             for name, group in groups.items():
                 save_file({k: t.contiguous() for k, t in group.items()}, folder / f"{name}.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"the checkpoint of step {step} cannot be written: {error}") from error
-        files = {f.name: (f.stat().st_size, sha256(f)) for f in sorted(folder.iterdir())}
-        header = {"format": FORMAT, "step": step, "total_steps": total_steps, "saved_at": time.time()}
-        write_json({**header, "identity": identity, "files": files, "state": state}, folder / STATE)
-    return _read(target)
+            files = file_facts(sorted(folder.iterdir()))
+            header = {"step": step, "total_steps": total_steps, "saved_at": time.time()}
+            value = {**header, "identity": identity, "files": files, "state": state}
+            write_json(sealed(value, form=FORMAT), folder / STATE)
+        return _read_back(target)
+
+
+def _read_back(folder: Path) -> Checkpoint:
+    try:
+        return _read(folder)
+    except ValueError as error:
+        raise DiskError(f"{folder} does not give back what was written to it: {error}") from error
 
 
 def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -135,21 +154,29 @@ def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
             found.append(_read(folder))
         except FileNotFoundError:
             unreadable.append(f"{folder.name}: it has no {STATE}")
-        except _OtherFormatError as error:
+        except OtherFormatError as error:
             unreadable.append(f"{folder.name}: {error}")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             unreadable.append(f"{folder.name}: {STATE} cannot be read")
     return sorted(found, key=lambda c: (-c.step, -c.saved_at)), sorted(unreadable)
 
 
-class _OtherFormatError(Exception):
-    """A checkpoint of another release."""
+def first_whole(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The first one without damage, and the folders before it with what is wrong with each."""
+    passed: dict[Path, str] = {}
+    for checkpoint in checkpoints:
+        damage = checkpoint.damage()
+        if not damage:
+            return checkpoint, passed
+        passed[checkpoint.folder] = f"{checkpoint.folder.name}: {damage}"
+    return None, passed
 
 
 def _read(folder: Path) -> Checkpoint:
-    value = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if value["format"] != FORMAT:
-        raise _OtherFormatError(f"it was written in format {value['format']}, and this release reads {FORMAT}")
+    value = read_sealed(folder / STATE, form=FORMAT)
+    files = read_facts(value["files"])
+    if not {CONFIG, WEIGHTS} <= files.keys():
+        raise ValueError("it lists no adapter")
     return Checkpoint(
         folder=folder,
         step=int(value["step"]),
@@ -157,7 +184,7 @@ def _read(folder: Path) -> Checkpoint:
         saved_at=float(value["saved_at"]),
         identity=value["identity"],
         state=value["state"],
-        files={name: (int(size), str(digest)) for name, (size, digest) in value["files"].items()},
+        files=files,
     )
 
 
@@ -179,11 +206,11 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     """Put a checkpoint's adapter on a model that has fresh adapters of the same shape.
 
     Raises:
-        ModelError: the weights are for other modules.
+        ModelError: the weights cannot be read, or are for other modules.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved = load_file(folder / WEIGHTS)
+    saved = {name: stored.read() for name, stored in StoredTensors([folder / WEIGHTS]).items()}
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = [{name: tuple(t.shape) for name, t in weights.items()} for weights in (saved, own)]
     if shapes[0] != shapes[1]:

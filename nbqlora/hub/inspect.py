@@ -15,6 +15,7 @@ import torch
 from nbqlora.core.errors import ModelError
 from nbqlora.core.specs import HeadSpec, ModelSpec
 from nbqlora.hub.access import download_bytes, find_model, local_folder, sentence
+from nbqlora.hub.formats import check_formats
 from nbqlora.hub.reach import answer_of
 
 
@@ -25,9 +26,12 @@ def locate(name: str, say: Callable[[str], None] = lambda line: None) -> str:
         say: takes a line when the copy is used because the hub does not give the model.
 
     Raises:
-        ModelError: there is no such folder or model, or it may not be read; said within seconds.
+        ModelError: there is no such folder or model, it may not be read, or its weights are only a pickle; said
+            within seconds.
     """
-    return local_folder(name) or find_model(name, say)
+    location = local_folder(name) or find_model(name, say)
+    check_formats(name, location)
+    return location
 
 
 def read_tokenizer(location: str, *, trust_remote_code: bool = False) -> Any:
@@ -76,8 +80,10 @@ def _check_quantization(name: str, config: Any) -> bool:
 
 def _spec(name: str, location: str, config: Any, model: Any, quantized: bool) -> ModelSpec:
     head = model.get_output_embeddings()
-    layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1), None)
     n_layers = int(config.num_hidden_layers)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    # Some families keep lists of other things before their layers; some have fewer layers in it than they count.
+    layers = next((m for m in lists if len(m) == n_layers), next((m for m in lists if len(m) > 1), None))
     shapes: dict[str, tuple[int, int]] = {}
     n_linear = 0
     for module in model.modules():

@@ -3,6 +3,9 @@
 NF4 with double quantization stores 0.516 bytes a parameter. ``prepare_model_for_kbit_training`` is not
 called: it would make fp32 copies of embeddings and head (1 GiB for 128k x 4096). LoRA stays in fp32; mixed
 precision comes from autocast, so that fp16 cards train without underflow in the optimizer.
+
+Weights are read from safetensors only: a base or an adapter that has nothing but a pickle is refused by name, before
+a library that would open it is called.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ModelError
@@ -18,6 +23,11 @@ from nbqlora.core.plan import Plan
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.engine.quiet import quiet_libraries
 from nbqlora.engine.surgery import keep_linears_trainable
+from nbqlora.hub.adapter import check_adapter
+from nbqlora.hub.atomic import recover_folder
+from nbqlora.hub.formats import check_formats
+from nbqlora.hub.manifest import WEIGHTS
+from nbqlora.hub.stored import read_header
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -38,18 +48,36 @@ def load(config: FinetuneConfig, plan: Plan, location: str, tokenizer: Any) -> L
 
 
 def load_adapter(config: FinetuneConfig, plan: Plan, location: str, tokenizer: Any, adapter: Path) -> LoadedModel:
-    """Load the base with a saved adapter, to talk to it. Raises :class:`ModelError`."""
+    """Load the base with a saved adapter, to talk to it.
+
+    Raises:
+        ModelError: the base cannot be read; or the adapter is damaged, with where a whole one is; or it is for
+            another model.
+    """
     from peft import PeftModel
 
+    recover_folder(adapter)
+    check_adapter(adapter)
     model = _base(plan, location, config.trust_remote_code)
     try:
         with quiet_libraries():
             model = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter in {adapter}: {str(error).splitlines()[0]}") from error
+    _check_complete(model, adapter)
     loaded = _loaded(model, plan, tokenizer)
     loaded.model.eval()
     return loaded
+
+
+def _check_complete(model: Any, adapter: Path) -> None:
+    """PEFT leaves what it finds no weights for as it was made: an adapter that does nothing, without a word."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing = own.keys() - read_header(adapter / WEIGHTS).keys()
+    if missing:
+        raise ModelError(f"the adapter in {adapter} is not for this model: it has no {min(missing)}")
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -74,6 +102,7 @@ def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
     dtype = DTYPES[plan.dtype]
     # A checkpoint that is stored in 4 bits brings its own settings; even None would override them.
     quantize = plan.load_in_4bit and not plan.model.quantized
+    check_formats(plan.model.name, location)
     settings: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantize else {}
     try:
         with quiet_libraries(progress_bars=not Path(location).is_dir()):
@@ -82,13 +111,23 @@ def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
                 device_map={"": device_of(plan)},
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,
                 **settings,
             )
+    except SafetensorError as error:
+        raise ModelError(f"a file of {plan.model.name} is damaged ({error}); {_again(location)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {plan.model.name}: {str(error).splitlines()[0]}") from error
     _set_compute_dtype(model, dtype)
     model.config.use_cache = False
     return model
+
+
+def _again(location: str) -> str:
+    """How to get whole files."""
+    if Path(location).is_dir():
+        return f"copy {location} again"
+    return f"remove its copy from the hub's cache, {constants.HF_HUB_CACHE}, and it is downloaded again"
 
 
 def _nf4(dtype: torch.dtype) -> Any:

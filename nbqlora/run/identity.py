@@ -109,7 +109,7 @@ def _model_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _files_mark(folder: Path) -> str:
     """Names, sizes, first and last bytes of a folder's weight files: milliseconds, however large they are."""
     mark = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as opened:
             mark.update(f"{file.name} {size} ".encode() + opened.read(_MARK_BYTES))

@@ -20,8 +20,9 @@ from nbqlora.core.errors import DoesNotFitError, RunError
 from nbqlora.core.plan import Plan
 from nbqlora.core.specs import BatchLayout
 from nbqlora.core.units import format_seconds
-from nbqlora.hub.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, find_checkpoints
-from nbqlora.hub.save import ADAPTER_FOLDER, WEIGHTS
+from nbqlora.hub.checkpoint import Checkpoint, first_whole
+from nbqlora.hub.manifest import WEIGHTS
+from nbqlora.hub.save import ADAPTER_FOLDER
 from nbqlora.run.identity import differences, identity
 from nbqlora.run.look import Look
 from nbqlora.run.versions import changed_versions
@@ -55,23 +56,25 @@ def begin(config: FinetuneConfig, seen: Look, *, resume: bool, how: str) -> Begi
 
     Raises:
         ConfigError, DoesNotFitError: as the planner's.
-        RunError: the checkpoints are of another run; with each difference.
+        RunError: the checkpoints are of another run, with each difference; or none of them is whole.
     """
     plan = _plan(config, seen)
     own = identity(config, plan, seen.location, seen.tokenizer)
-    found, unreadable = find_checkpoints(seen.output_dir / CHECKPOINTS_FOLDER)
+    found, unreadable = seen.checkpoints()
     same = [c for c in found if not differences(c.identity, own)]
     if not resume:
         notes = [*_beside(same, found, unreadable, plan, how), *_replaces(seen)]
         return Beginning(plan=_noted(plan, *notes), identity=own, furthest=same[0].step if same else 0)
     if found and not same:
         raise RunError(_other_run(found[0], own, plan))
-    checkpoint, damaged = _first_whole(same)
+    checkpoint, damaged = first_whole(same)
     notes = [f"passed over {line}" for line in [*unreadable, *damaged.values()]]
     passed = frozenset(damaged)
+    if checkpoint is None and notes:
+        raise RunError(_none_whole(plan, [*unreadable, *damaged.values()]))
     if checkpoint is None:
-        notes.append(f"{plan.output_dir} holds no checkpoint to go on from: this run starts from the beginning")
-        return Beginning(plan=_noted(plan, *notes), identity=own, damaged=passed)
+        note = f"{plan.output_dir} holds no checkpoint to go on from: this run starts from the beginning"
+        return Beginning(plan=_noted(plan, note), identity=own)
     again = _as_planned_then(config, seen, plan, checkpoint)
     changes = [*_changes(checkpoint.state["plan"], again), *changed_versions(checkpoint.state["versions"])]
     whole = _noted(again, f"goes on {_where(checkpoint)}", *notes, *changes)
@@ -80,7 +83,7 @@ def begin(config: FinetuneConfig, seen: Look, *, resume: bool, how: str) -> Begi
 
 def laid_out_then(config: FinetuneConfig, seen: Look) -> Look:
     """The rows as the furthest checkpoint has them: padded where the model, once it was loaded, asked for that."""
-    found, _ = find_checkpoints(seen.output_dir / CHECKPOINTS_FOLDER)
+    found, _ = seen.checkpoints()
     free = config.packing == "auto" and config.padding_free is None
     if not free or not found or found[0].state["plan"]["layout"] != BatchLayout.PADDED.value:
         return seen
@@ -120,17 +123,6 @@ def _where(checkpoint: Checkpoint) -> str:
     return f"after step {checkpoint.step} of {checkpoint.total_steps}, saved {ago} ago"
 
 
-def _first_whole(checkpoints: list[Checkpoint]) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The first one without damage, and the folders before it with what is wrong with each."""
-    passed: dict[Path, str] = {}
-    for checkpoint in checkpoints:
-        damage = checkpoint.damage()
-        if not damage:
-            return checkpoint, passed
-        passed[checkpoint.folder] = f"{checkpoint.folder.name}: {damage}"
-    return None, passed
-
-
 def _beside(same: list[Checkpoint], found: list[Checkpoint], unreadable: list[str], plan: Plan, how: str) -> list[str]:
     """What a run that starts anew says about the checkpoints in its folder."""
     if same and same[0].step < same[0].total_steps:
@@ -160,6 +152,13 @@ def _other_run(checkpoint: Checkpoint, own: Mapping[str, Any], plan: Plan) -> st
     lines = [f"{plan.output_dir} holds {done} of another run, so this one cannot go on from there"]
     lines += [f"  {line}" for line in differences(checkpoint.identity, own)]
     return "\n".join([*lines, "  write the former values, or give this run another name"])
+
+
+def _none_whole(plan: Plan, lines: list[str]) -> str:
+    """Checkpoints are there and cannot be used: a run from the beginning would replace them, so it has to be asked."""
+    head = f"{plan.output_dir} holds no checkpoint to go on from; nothing of it was touched"
+    found = [f"  {line}" for line in lines]
+    return "\n".join([head, *found, "  run it without resuming to start from the beginning, which replaces them"])
 
 
 def _as_planned_then(config: FinetuneConfig, seen: Look, plan: Plan, checkpoint: Checkpoint) -> Plan:

@@ -118,6 +118,7 @@ class Saver:
 
 
 def training_state(checkpoint: Checkpoint) -> TrainingState:
-    """What a trainer goes on from; reads the checkpoint's tensors."""
-    groups = {name: checkpoint.tensors(name) for name in ("optimizer", "rng", "epoch_rng")}
+    """What a trainer goes on from; the optimizer's tensors are read one by one, when they are asked for."""
+    rng = {name: dict(checkpoint.tensors(name)) for name in ("rng", "epoch_rng")}
+    groups = {"optimizer": checkpoint.tensors("optimizer"), **rng}
     return TrainingState(step=checkpoint.step, groups=groups, values=checkpoint.state["training"])

@@ -18,14 +18,8 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from nbqlora.engine.optimizer import FLAT_NAME
-from nbqlora.train.state import (
-    TrainingState,
-    kept_random_state,
-    optimizer_state,
-    random_state,
-    set_optimizer_state,
-    set_random_state,
-)
+from nbqlora.train.optimizer_state import Part, optimizer_state, scheduler_state, set_optimizer_state
+from nbqlora.train.state import TrainingState, kept_random_state, random_state, set_random_state
 
 SaveState = Callable[[TrainingState], None]
 # What Trainer keeps of its position; everything else in its state comes from the arguments.
@@ -69,7 +63,7 @@ class ResumableTrainer(SFTTrainer):
     def state_now(self) -> TrainingState:
         """Everything but the adapter; only between two steps is it consistent."""
         scaler = self.accelerator.scaler
-        tensors, optimizer = optimizer_state(self.optimizer, self._names())
+        tensors, optimizer = optimizer_state(self.optimizer, self._names(), self._parts())
         now = random_state()
         # At the end of an epoch the next one begins where the generators stand.
         ended = float(self.state.epoch).is_integer()
@@ -99,6 +93,14 @@ class ResumableTrainer(SFTTrainer):
         stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {**names, **{p: FLAT_NAME for p in stepped if p not in names}}
 
+    def _parts(self) -> dict[torch.Tensor, Part]:
+        """How the buffer that holds all adapters is divided, where the optimizer steps one."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's wrapper
+        adapters, names = getattr(optimizer, "adapters", None), self._names()
+        if optimizer is None or adapters is None:
+            return {}
+        return {optimizer.flat: lambda buffer: {names[p]: adapters.view(buffer, p) for p in adapters.parameters}}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._save_state(self.state_now())
 
@@ -108,9 +110,10 @@ class ResumableTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is not None:
             values = self._resumed.values
-            tensors = self._resumed.groups["optimizer"]
-            set_optimizer_state(self.optimizer, self._names(), tensors, values["optimizer"])
-            self.lr_scheduler.load_state_dict(dict(values["scheduler"]))
+            tensors, names, parts = self._resumed.groups["optimizer"], self._names(), self._parts()
+            set_optimizer_state(self.optimizer, names, tensors, values["optimizer"], parts)
+            n_groups = len(self.optimizer.param_groups)
+            self.lr_scheduler.load_state_dict(scheduler_state(values["scheduler"], n_groups))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = self.accelerator.scaler

@@ -6,7 +6,7 @@ sampler's, which is seeded by the epoch or draws from those generators when an e
 position at the beginning of the epoch is kept beside the present one.
 
 Everything becomes tensors by name, and values that JSON holds exactly (Python writes a float so that the
-same one is read back). Optimizer states are named by parameter, not by position.
+same one is read back). The optimizer's part is in :mod:`nbqlora.train.optimizer_state`.
 """
 
 from __future__ import annotations
@@ -79,47 +79,3 @@ def kept_random_state() -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
-
-
-def optimizer_state(optimizer: Any, names: Mapping[torch.Tensor, str]) -> tuple[dict[str, torch.Tensor], Values]:
-    """The optimizer's tensors as ``<parameter>:<key>``, on the CPU, and what else it holds.
-
-    A tensor that several parameters share (bitsandbytes' quantization maps) is taken once.
-
-    Args:
-        names: the name of each parameter.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    shared: dict[str, str] = {}
-    first_of: dict[tuple[int, int], str] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            name = f"{names[parameter]}:{key}"
-            if not isinstance(value, torch.Tensor):
-                plain.setdefault(names[parameter], {})[key] = value
-                continue
-            first = first_of.setdefault((value.data_ptr(), value.nbytes), name)
-            if first == name:
-                tensors[name] = value.detach().cpu()
-            else:
-                shared[name] = first
-    rates = [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
-    return tensors, {"plain": plain, "shared": shared, "rates": rates}
-
-
-def set_optimizer_state(optimizer: Any, names: Mapping[torch.Tensor, str], tensors: Tensors, values: Values) -> None:
-    """Undo of :func:`optimizer_state` on a new optimizer of the same parameters, each state on its parameter's device.
-
-    Through ``load_state_dict``, which knows what may be cast and where a counter belongs.
-    """
-    whole = optimizer.state_dict()
-    named: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["plain"].items()}
-    for name, source in [*((n, n) for n in tensors), *values["shared"].items()]:
-        parameter, key = name.rsplit(":", 1)
-        named.setdefault(parameter, {})[key] = tensors[source]
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    whole["state"] = {i: named[name] for i, name in enumerate(order) if name in named}
-    for group, rates in zip(whole["param_groups"], values["rates"], strict=True):
-        group.update(rates)
-    optimizer.load_state_dict(whole)

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from nbqlora.core.errors import ModelError, OutOfDiskError
+from nbqlora.core.errors import DiskError, ModelError, OutOfDiskError
 from nbqlora.hub import checkpoint as checkpoints
-from nbqlora.hub.atomic import new_folder, remove_folder, remove_leftovers, save_json
+from nbqlora.hub.atomic import new_folder, remove_folder, remove_leftovers, save_json, write_json
 from nbqlora.hub.checkpoint import find_checkpoints, load_adapter_weights, prune_checkpoints, write_checkpoint
+from nbqlora.hub.sealed import first_damage, read_sealed, sealed
 from tests import tiny
 
 GROUPS = {
@@ -152,15 +153,76 @@ def test_what_cannot_be_read_is_named(write, tmp_path):
     os.truncate(write(1).folder / "state.json", 100)
     (write(2).folder / "state.json").unlink()
     state = write(3).folder / "state.json"
-    state.write_text(state.read_text().replace('"format": 1', '"format": 2'))
+    state.write_text(state.read_text().replace('"format": 2', '"format": 3'))
     found, unreadable = find_checkpoints(tmp_path)
     assert [c.step for c in found] == []
     assert unreadable == [
         "step-000001: state.json cannot be read",
         "step-000002: it has no state.json",
-        "step-000003: it was written in format 2, and this release reads 1",
+        "step-000003: it was written in format 3, and this release reads 2",
     ]
     assert find_checkpoints(tmp_path / "nowhere") == ([], [])
+
+
+def test_a_state_that_was_changed_is_no_state(write, tmp_path):
+    text = (write(1, state={"x": 0.125}).folder / "state.json").read_text()
+    changes = {
+        "a value": text.replace("0.125", "0.126"),
+        "a digest of a file": text.replace(json.loads(text)["files"]["rng.safetensors"][1][:8], "0" * 8),
+        "its own digest": text.replace(json.loads(text)["sha256"][:8], "0" * 8),
+        "no digest": text.replace('"sha256"', '"sha257"'),
+        "a list": "[]",
+        "deep": "[" * 100_000,
+        "infinite": text.replace('"step": 1', '"step": Infinity'),
+    }
+    for what, changed in changes.items():
+        assert changed != text
+        (tmp_path / "step-000001" / "state.json").write_text(changed)
+        assert find_checkpoints(tmp_path) == ([], ["step-000001: state.json cannot be read"]), what
+    (tmp_path / "step-000001" / "state.json").write_text(text)
+    assert find_checkpoints(tmp_path)[0][0].damage() == ""
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"adapter_model.safetensors": [1, "a"]}, {"../x": [1, "a"]}, {"a": [1]}, [], {"a": "bc"}], ids=str
+)
+def test_a_state_that_lists_no_adapter_or_files_elsewhere_is_no_state(write, tmp_path, files):
+    file = write(1).folder / "state.json"
+    value = read_sealed(file, form=checkpoints.FORMAT)
+    write_json(sealed({**value, "files": files}, form=checkpoints.FORMAT), file)
+    assert find_checkpoints(tmp_path) == ([], ["step-000001: state.json cannot be read"])
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path):
+    (tmp_path / "a").symlink_to("/proc/self/mem")
+    assert first_damage(tmp_path, {"a": (0, "")}) == "a cannot be read: Input/output error"
+
+
+def test_a_disk_that_gives_back_something_else_is_an_error_at_once(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "write_json", lambda value, file: file.write_text("{"))
+    with pytest.raises(DiskError, match=r"step-000001 does not give back what was written to it: "):
+        write(1)
+
+
+def test_a_tensor_is_read_when_it_is_asked_for_and_a_cut_file_is_an_error(write):
+    written = write(1)
+    tensors = written.tensors("optimizer")
+    cut = os.path.getsize(written.folder / "optimizer.safetensors") - 1
+    os.truncate(written.folder / "optimizer.safetensors", cut)
+    with pytest.raises(ModelError, match="ends early: it was cut after it was opened"):
+        _ = [tensors[name] for name in tensors]
+    with pytest.raises(ModelError, match=f"has {cut} bytes, and its header speaks of"):
+        written.tensors("optimizer")
+    (written.folder / "optimizer.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be read: No such file"):
+        written.tensors("optimizer")
+
+
+def test_a_cut_adapter_does_not_end_the_process(write):
+    folder = write(1).folder
+    os.truncate(folder / "adapter_model.safetensors", os.path.getsize(folder / "adapter_model.safetensors") - 1)
+    with pytest.raises(ModelError, match="it was cut, or copied badly"):
+        load_adapter_weights(tiny.with_lora(tiny.make_model()), folder)
 
 
 def test_the_last_and_the_furthest_stay(write, tmp_path):

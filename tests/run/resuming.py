@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,6 +11,9 @@ from typing import Any
 
 import nbqlora
 from nbqlora.core.events import EvalEvent, NoteEvent, StepEvent
+from nbqlora.hub.atomic import write_json
+from nbqlora.hub.checkpoint import FORMAT
+from nbqlora.hub.sealed import read_sealed, sealed
 from tests import tiny
 
 ROWS = tiny.make_rows(10)
@@ -49,9 +51,9 @@ def saved_steps(out: Path) -> list[int]:
 def edit_state(out: Path, step: int, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what a checkpoint's ``state.json`` says."""
     file = out / "checkpoints" / f"step-{step:06d}" / "state.json"
-    value = json.loads(file.read_text())
+    value = read_sealed(file, form=FORMAT)
     change(value)
-    file.write_text(json.dumps(value))
+    write_json(sealed(value, form=FORMAT), file)
 
 
 def until(step: int, whole: Path, out: Path) -> Path:

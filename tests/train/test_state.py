@@ -16,15 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from nbqlora.train.optimizer_state import optimizer_state, set_optimizer_state
 from nbqlora.train.resumable import POSITION, ResumableTrainer
-from nbqlora.train.state import (
-    TrainingState,
-    kept_random_state,
-    optimizer_state,
-    random_state,
-    set_optimizer_state,
-    set_random_state,
-)
+from nbqlora.train.state import TrainingState, kept_random_state, random_state, set_random_state
 from tests import tiny
 from tests.train.parts import Parts, parts
 
