@@ -91,7 +91,7 @@ def dequantize_nf4_reference(
     # Both elements of each of the 256 bytes: half as many lookups as elements.
     pairs = torch.stack([weight.code.repeat_interleave(16), weight.code.repeat(16)], dim=1)
     values = pairs.index_select(0, weight.packed.int()).view(-1)
-    absmax = _absmax_reference(weight)
+    absmax = absmax_of(weight)
     whole = values.numel() // weight.blocksize
     values[: whole * weight.blocksize].view(whole, weight.blocksize).mul_(absmax[:whole, None])
     values[whole * weight.blocksize :].mul_(absmax[whole:])
@@ -103,7 +103,7 @@ def dequantize_nf4_reference(
     return out
 
 
-def _absmax_reference(weight: Nf4) -> torch.Tensor:
+def absmax_of(weight: Nf4) -> torch.Tensor:
     """``[blocks]`` fp32."""
     if weight.nested_absmax is None or weight.nested_code is None or weight.offset is None:
         return weight.absmax

@@ -9,6 +9,7 @@ from nbqlora.view import html, text
 from nbqlora.view.data import register_data_views
 from nbqlora.view.doctor import register_doctor_view
 from nbqlora.view.memory import register_memory_views
+from nbqlora.view.merged import register_merge_view
 
 
 def register_all() -> None:
@@ -16,6 +17,7 @@ def register_all() -> None:
     register_memory_views()
     register_data_views()
     register_doctor_view()
+    register_merge_view()
     display.register(Plan, text=text.plan_text, html=html.plan_html)
     display.register(Report, text=text.report_text, html=html.report_html)
     display.register(Comparison, text=text.comparison_text, html=html.comparison_html)

@@ -21,12 +21,12 @@ def plan_html(plan: Plan) -> str:
     rows = [r for r in text.plan_rows(plan) if r[0] != "peak"]
     words = f"peak {format_bytes(plan.predicted_peak_bytes)} predicted, of {format_bytes(plan.usable_bytes)} usable"
     peak = f'<p style="margin:4px 0">{words}</p>{bar}'
-    return _block(text.plan_title(plan), peak + rows_html(rows))
+    return block(text.plan_title(plan), peak + rows_html(rows))
 
 
 def report_html(report: Report) -> str:
     """Title and rows."""
-    return _block(text.report_title(report), rows_html(text.report_rows(report)))
+    return block(text.report_title(report), rows_html(text.report_rows(report)))
 
 
 def rows_html(rows: Iterable[text.Row]) -> str:
@@ -53,5 +53,6 @@ def _lines(answer: str) -> str:
     return "<br>".join(escape(line) for line in answer.splitlines()) or "<em>(nothing)</em>"
 
 
-def _block(title: str, body: str) -> str:
+def block(title: str, body: str) -> str:
+    """A title above a body, no wider than a page."""
     return f'<div style="max-width:900px"><p style="margin:4px 0"><strong>{escape(title)}</strong></p>{body}</div>'
