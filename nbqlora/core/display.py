@@ -7,7 +7,7 @@ formatter has to be installed in IPython.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _text: dict[type, Callable[[Any], str]] = {}
@@ -17,6 +17,12 @@ _html: dict[type, Callable[[Any], str]] = {}
 def register(kind: type, *, text: Callable[[Any], str], html: Callable[[Any], str]) -> None:
     """Say how values of ``kind`` read as plain text and as HTML."""
     _text[kind], _html[kind] = text, html
+
+
+def is_static(environ: Mapping[str, str], asked: bool = False) -> bool:
+    """Whether output must not update: asked for, set by ``NBQLORA_DISPLAY``, or no front end to update in."""
+    setting = environ.get("NBQLORA_DISPLAY", "")
+    return asked or setting == "static" or (not setting and environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch")
 
 
 class Displayed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nbqlora.core.display import Displayed
 from nbqlora.core.plain import plain
+from nbqlora.core.saving import SavingNeeds
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, LayerPolicy, MemoryCategory, ModelSpec
 
 
@@ -43,6 +44,8 @@ class Plan(Displayed):
         step_seconds: forecast of one optimizer step; None without a measured rate.
         total_steps: optimizer steps of the whole run.
         loss_chunk_tokens: supervised tokens that the head loss handles at once.
+        disk_bytes: of the adapter.
+        saving: what keeping the result takes; None where nobody asked.
         unknowns: what the plan does not know, said rather than guessed.
     """
 
@@ -62,6 +65,7 @@ class Plan(Displayed):
     budget: MemoryBudget
     output_dir: str
     disk_bytes: int
+    saving: SavingNeeds | None = None
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     unknowns: tuple[str, ...] = ()

@@ -15,10 +15,10 @@ from nbqlora.core.errors import DoesNotFitError
 from nbqlora.core.plan import Plan
 from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB
-from nbqlora.planner import explain
+from nbqlora.planner import explain, saving
 from nbqlora.planner.advice import does_not_fit
 from nbqlora.planner.search import candidates
-from nbqlora.planner.standing import FRAGMENTATION_BYTES, adapter_params, choose_dtype, quantized
+from nbqlora.planner.standing import FRAGMENTATION_BYTES, choose_dtype, quantized
 
 Notes = tuple[str, ...]
 
@@ -53,13 +53,14 @@ def make_plan(
         ConfigError: ``gradient_checkpointing`` names another number of layers than the model has.
         DoesNotFitError: nothing fits, with the smallest change that would.
     """
-    dtype = choose_dtype(config.dtype, device)
-    limit = usable_bytes(config, device)
+    dtype, limit = choose_dtype(config.dtype, device), usable_bytes(config, device)
     ranked = candidates(config, model, device, data, dtype, limit)
     best = next((x for x in ranked if x.budget.total_bytes <= limit), None)
     if best is None:
         raise DoesNotFitError(does_not_fit(config, model, device, data, dtype, limit))
     steps = total_steps(config, data.n_sequences, best.micro_batch_size, best.accumulation)
+    needs = saving.saving_needs(config, model, on_card=device.kind == "cuda")
+    told = [*notes, *explain.notes(config, model, device, data, dtype, steps)]
     return Plan(
         model=model,
         device=device,
@@ -76,8 +77,9 @@ def make_plan(
         usable_bytes=limit,
         budget=best.budget,
         output_dir=output_dir,
-        disk_bytes=adapter_params(model, config) * 4,
+        disk_bytes=needs.adapter_bytes,
+        saving=needs,
         decisions=explain.decisions(config, model, device, data, dtype, ranked, best, limit),
-        notes=(*notes, *explain.notes(config, model, device, data, dtype, steps)),
+        notes=(*told, *saving.notes(needs, device, model, saving.rooms_of(device, output_dir))),
         unknowns=explain.unknowns(config, model, device),
     )

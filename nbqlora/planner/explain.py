@@ -158,7 +158,7 @@ def notes(
         found.append("bf16 on a CPU without matrix units can be 20 times slower than fp32")
     if dtype == "bf16" and device.kind == "cuda" and not device.has_bf16:
         found.append('this card emulates bf16, slowly; dtype = "fp16" is native')
-    if model.download_bytes and model.download_bytes > device.disk_free_bytes:
+    if not device.rooms and model.download_bytes and model.download_bytes > device.disk_free_bytes:
         found.append(
             f"the download is {format_bytes(model.download_bytes)}, "
             f"the disk has {format_bytes(device.disk_free_bytes)} free"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,18 @@ from nbqlora.engine.optimize import restore
 from nbqlora.engine.packing import PackingProbe
 from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
-from nbqlora.hub.load import load, load_adapter
-from nbqlora.hub.save import save_adapter
+from nbqlora.hub.load import load
 from nbqlora.memory.peak import PeakMeter
+from nbqlora.run.copies import Copies
 from nbqlora.run.history import unpack_events
 from nbqlora.run.journal import Journal
+from nbqlora.run.keeping import reload_adapter, save_somewhere
 from nbqlora.run.layout import probe_loaded, settle
 from nbqlora.run.loading import prepare
 from nbqlora.run.look import Look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import Beginning, begin, resumed
-from nbqlora.run.saver import Saver, training_state
+from nbqlora.run.saver import Saver, keep_limit, training_state
 from nbqlora.run.session import Session, clear_frames, collect
 from nbqlora.run.versions import versions
 from nbqlora.train.state import TrainingState
@@ -71,7 +73,8 @@ class Job:
 
     def _take(self, seen: Look, beginning: Beginning) -> None:
         self._seen, self.plan, self._checkpoint = seen, beginning.plan, beginning.checkpoint
-        self._saver = Saver(self._config, beginning, seen.output_dir, self.session, self._journal)
+        self._saver = Saver(self._config, beginning, seen.work_dir, self.session, self._journal)
+        self._copies = Copies(seen, beginning, keep_limit(self._config), self._journal)
 
     def hint(self) -> str:
         """A line on where to go on after a failure; "" before the first checkpoint and behind the last."""
@@ -81,9 +84,13 @@ class Job:
     def do(self) -> Run:
         """Load, train, save, report."""
         self._load()
-        with self._stop:
-            report = self._trained()
-        reload = partial(load_adapter, self._config, self.plan, self._seen.location, self._seen.tokenizer)
+        try:
+            with self._stop:
+                report = self._trained()
+        except BaseException:
+            self._copies.wait()
+            raise
+        reload = partial(reload_adapter, self._config, self.plan, self._seen.location, self._seen.tokenizer)
         again = partial(self._again, name=self._name, resume=True, how=self._how)
         return Run(report=report, config=self._config, session=self.session, reload=reload, again=again)
 
@@ -92,6 +99,7 @@ class Job:
         self._journal.phase("load", f"{plan.model.name} in {'NF4' if plan.load_in_4bit else plan.dtype}")
         self.session.loaded = load(self._config, plan, self._seen.location, self._seen.tokenizer)
         if self._checkpoint is not None:
+            self._checkpoint = self._copies.back(self._checkpoint)
             load_adapter_weights(self.session.loaded.model, self._checkpoint.folder)
             self._journal.note(resumed(self._checkpoint))
         self._prepare()
@@ -126,8 +134,9 @@ class Job:
         twice = isinstance(failure, KeyboardInterrupt)
         status: Status = "failed" if failure else "stopped" if stopped else "done"
         with self._stop.held():
-            saved = self._save()
-            report = self._finish(status, saved, "interrupted twice" if twice else "".join(stopped[:1]))
+            saved, not_there = self._copies.adapter(self._save())
+            why = ["interrupted twice"] if twice else stopped[:1]
+            report = self._finish(status, saved, "; ".join([*why, *filter(None, [not_there])]))
         if twice:
             kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
             raise InterruptedRunError(f"interrupted in the middle of a step; {kept}")
@@ -136,8 +145,10 @@ class Job:
         return report
 
     def _checkpoint_now(self, state: TrainingState) -> None:
+        told = len(self._journal.events)
         with self._stop.held():
             self._saver(state)
+            self._copies.saved(self._journal.events[told:])
 
     def _loaded(self) -> LoadedModel:
         assert self.session.loaded is not None
@@ -195,6 +206,7 @@ class Job:
 
     def _step(self, event: Event) -> None:
         self._journal.emit(event)
+        self._copies.tell()
         if isinstance(event, StepEvent) and event.step == self._begins_after + 1 < event.total_steps:
             minutes = format_minutes(event.seconds * (event.total_steps - self._begins_after))
             self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
@@ -205,7 +217,7 @@ class Job:
             return None
         self._journal.phase("save")
         loaded = self._loaded()
-        saved = save_adapter(loaded.model, loaded.tokenizer, self._seen.output_dir, self._config.model)
+        saved = save_somewhere(loaded, self._seen.work_dir, self._config.model, self._journal.note)
         event = SavedEvent(
             step=steps[-1].step, path=saved.path, n_bytes=saved.n_bytes, elapsed_seconds=self._journal.clock()
         )
@@ -226,5 +238,10 @@ class Job:
             replacements=self._replacements,
             versions=versions(),
         )
-        save_json({"config": self._config.as_dict(), **report.as_dict()}, self._seen.output_dir / "run.json")
+        file = self._seen.work_dir / "run.json"
+        try:
+            save_json({"config": self._config.as_dict(), **report.as_dict()}, file)
+        except OSError as error:  # a full disk: the adapter is saved, and must not be lost with its record
+            return replace(report, reason="; ".join(filter(None, [report.reason, f"no {file}: {error}"])))
+        self._copies.file(file)
         return report

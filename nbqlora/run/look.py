@@ -16,12 +16,13 @@ from nbqlora.core.specs import BatchLayout, DeviceSpec, ModelSpec
 from nbqlora.data.encode import EncodedData, encode
 from nbqlora.data.rows import DEMO, read_rows
 from nbqlora.data.template import apply_chat_template_path
+from nbqlora.hub.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, find_checkpoints
 from nbqlora.hub.demo_model import DEMO_NAME, demo_model
 from nbqlora.hub.inspect import locate, read_spec, read_tokenizer
 from nbqlora.memory.device import device_spec
 from nbqlora.run.layout import choose_layout
 from nbqlora.run.places import default_output_dir, ephemeral_note
-from nbqlora.run.preflight import check_download, preflight
+from nbqlora.run.preflight import Saving, check_download, preflight, where_to_save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Look:
 
     Args:
         location: where the model's files are: a folder, or a hub id.
+        output_dir: where the user wants the result.
+        work_dir: where it is written first: ``output_dir`` itself, unless that is slow or may vanish.
     """
 
     location: str
@@ -39,12 +42,20 @@ class Look:
     evaluation: EncodedData | None
     device: DeviceSpec
     output_dir: Path
+    work_dir: Path
     notes: tuple[str, ...]
 
     def laid_out(self, layout: BatchLayout, because: str) -> Look:
         """The same with its rows laid out otherwise."""
         evaluation = None if self.evaluation is None else self.evaluation.with_layout(layout, because)
         return replace(self, train=self.train.with_layout(layout, because), evaluation=evaluation)
+
+    def checkpoints(self) -> tuple[list[Checkpoint], list[str]]:
+        """As :func:`find_checkpoints`, of both folders: the furthest first, of the same step this machine's."""
+        folders = dict.fromkeys((self.work_dir, self.output_dir))
+        there = [find_checkpoints(folder / CHECKPOINTS_FOLDER) for folder in folders]
+        found = sorted((c for some, _ in there for c in some), key=lambda c: -c.step)
+        return found, [line for _, unreadable in there for line in unreadable]
 
 
 def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: DeviceSpec | None = None) -> Look:
@@ -60,7 +71,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
             layout that was asked for mixes documents in this model.
         DeviceError: the card has no kernels here.
         ModelError, DataError: one of them cannot be read.
-        OutOfDiskError: the download has no room.
+        OutOfDiskError: the download has no room, or what the run writes.
     """
     output_dir = Path(config.output_dir or default_output_dir(name)).expanduser()
     here = device is None
@@ -70,6 +81,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     _check_targets(config, spec)
     if here:
         check_download(spec)
+    saving = where_to_save(config, spec, output_dir) if here else Saving(work_dir=output_dir)
     tokenizer = tokenizer_of(config, location)
     train, evaluation = _rows(config, tokenizer, choose_layout(config, location), say)
     if not torch.cuda.is_available():
@@ -81,9 +93,10 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         tokenizer=tokenizer,
         train=train,
         evaluation=evaluation,
-        device=device or device_spec(str(output_dir)),
+        device=device or replace(device_spec(str(output_dir)), rooms=saving.rooms),
         output_dir=output_dir,
-        notes=tuple(n for n in (ephemeral_note(output_dir.absolute(), os.environ), *notes) if n),
+        work_dir=saving.work_dir,
+        notes=tuple(n for n in (ephemeral_note(output_dir.absolute(), os.environ), *saving.notes, *notes) if n),
     )
 
 

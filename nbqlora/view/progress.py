@@ -26,6 +26,7 @@ PHASES = {
     "train": "training",
     "stop": "stopping",
     "save": "saving",
+    "copy": "copying",
 }
 SPARK_POINTS = 120
 

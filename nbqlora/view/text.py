@@ -21,6 +21,7 @@ from nbqlora.core.events import (
 )
 from nbqlora.core.plan import Plan
 from nbqlora.core.report import Comparison, Report
+from nbqlora.core.saving import SavingNeeds
 from nbqlora.core.units import format_bytes, format_count, format_minutes, format_seconds
 
 Row = tuple[str, str, str]
@@ -48,9 +49,22 @@ def plan_rows(plan: Plan) -> list[Row]:
     rows.append(("time", _time(plan), "a forecast, corrected after the first step"))
     room = f"adapter {format_bytes(plan.disk_bytes)}, {format_bytes(plan.device.disk_free_bytes)} free"
     rows.append(("saves to", plan.output_dir, room))
+    rows += [] if plan.saving is None else [_afterwards(plan, plan.saving)]
     rows += [("note", "", n) for n in plan.notes]
     rows += [("unknown", "", u) for u in plan.unknowns]
     return rows
+
+
+def _afterwards(plan: Plan, needs: SavingNeeds) -> Row:
+    """What can be made of the adapter, and what that takes."""
+    ram = f"merge needs {format_bytes(needs.ram_bytes)} of {format_bytes(plan.device.host_free_bytes)} RAM"
+    disk = f"{format_bytes(needs.merged_bytes['bf16'])} of {format_bytes(plan.device.disk_free_bytes)} disk in bf16"
+    card = f", {format_bytes(needs.vram_bytes)} VRAM at most" if needs.vram_bytes else ""
+    files = [(name, needs.gguf_bytes[name], needs.between_bytes[name]) for name in ("Q8_0", "Q4_K_M")]
+    made = [
+        f"{name} {format_bytes(n)}{f' and {format_bytes(more)} in between' if more else ''}" for name, n, more in files
+    ]
+    return "afterwards", ram, f"{disk}{card}; GGUF: {', '.join(made)}"
 
 
 def _time(plan: Plan) -> str:
@@ -60,10 +74,11 @@ def _time(plan: Plan) -> str:
 
 def plan_text(plan: Plan) -> str:
     """The plan as aligned lines."""
-    return "\n".join([f"plan  {plan_title(plan)}", *_aligned(plan_rows(plan))])
+    return "\n".join([f"plan  {plan_title(plan)}", *aligned(plan_rows(plan))])
 
 
-def _aligned(rows: Iterable[Row], width: int = 118) -> list[str]:
+def aligned(rows: Iterable[Row], width: int = 118) -> list[str]:
+    """Rows as lines, the remarks wrapped."""
     lines = []
     for label, value, remark in rows:
         head = f"  {label:<10} {value:<{VALUE_WIDTH}}" if value else f"  {label:<10}"
@@ -107,7 +122,7 @@ def report_rows(report: Report) -> list[Row]:
 
 def report_text(report: Report) -> str:
     """The report as aligned lines."""
-    return "\n".join([report_title(report), *_aligned(report_rows(report))])
+    return "\n".join([report_title(report), *aligned(report_rows(report))])
 
 
 def comparison_text(comparison: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 
+import nbqlora
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, DataError, DeviceError, ModelError, OutOfDiskError
 from nbqlora.hub import access
 from nbqlora.memory.cards import Driver, Machine
 from nbqlora.memory.nvml import Card
-from nbqlora.run.preflight import check_card, check_download, preflight
+from nbqlora.run.mounts import SLOW_FOLDERS
+from nbqlora.run.preflight import check_card, check_download, check_room_for, preflight, where_to_save
 from tests.hub.hub_server import closed_address, hub_server, point_to
+from tests.mounts import mounted
 from tests.planner.shapes import MODELS
 
 GIB = 1 << 30
@@ -124,3 +128,46 @@ def test_a_download_without_room_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         OutOfDiskError, match=r"16\.0 GiB to download, and the disk of .* has 5\.0 GiB free; set HF_HOME"
     ):
         check_download(replace(model, download_bytes=16 * GIB))
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_an_error_that_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = MODELS["1B"]
+    with mounted(tmp_path / "small", "300m") as small, pytest.raises(OutOfDiskError) as caught:
+        where_to_save(config(model="m"), model, small / "run1", {})
+    assert re.fullmatch(
+        rf"this run writes up to 0\.48 GiB \(adapter .*\), and {small}/run1 has 0\.29 GiB free; there is room in "
+        rf"{tmp_path} \(.* free\).*: name a folder there as output_dir",
+        str(caught.value),
+    )
+    found = where_to_save(config(model="m"), model, tmp_path / "run1", {})
+    assert (found.work_dir, found.notes) == (tmp_path / "run1", ())
+    assert found.rooms[0].path == str(tmp_path / "run1")
+
+
+def test_nothing_is_downloaded_or_planned_for_a_run_without_room(
+    tiny_folder: Path, tiny_rows: list[Any], tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "small", "8m") as small, pytest.raises(OutOfDiskError, match=r"^this run writes up to"):
+        nbqlora.plan(model=str(tiny_folder), data=tiny_rows, output_dir=str(small / "run1"))
+
+
+def test_a_slow_folder_gets_a_folder_to_work_in_and_a_note(tmp_path: Path) -> None:
+    found = where_to_save(config(model="m"), MODELS["1B"], tmp_path / "far/run1", {SLOW_FOLDERS: str(tmp_path / "far")})
+    assert found.work_dir != tmp_path / "far/run1" and found.work_dir.name.startswith("run1-")
+    assert found.notes == (
+        f"{tmp_path}/far/run1 is no disk of this machine: written to {found.work_dir}, then copied there",
+    )
+
+
+def test_room_for_something_large_is_checked_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_room_for("the merged model", GIB // 4, tmp_path / "merged", {})
+    with mounted(tmp_path / "small", "8m") as small, pytest.raises(OutOfDiskError) as caught:
+        check_room_for("the merged model", GIB // 4, small / "merged", {})
+    said = f"the merged model needs 0.25 GiB, and {small}/merged has 8 MiB free; there is room in {tmp_path} ("
+    assert str(caught.value).startswith(said) and str(caught.value).endswith("name a folder there")
