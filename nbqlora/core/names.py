@@ -34,7 +34,7 @@ REFUSED_TRL = {
     "load_best_model_at_end": "the adapter of the last step is saved",
     "logging_nan_inf_filter": "a loss that is not finite is always an error",
     "model_init_kwargs": "the model is loaded by nbqlora", "packing_strategy": "only bfd keeps documents apart",
-    "push_to_hub": "the adapter is saved in output_dir; push that folder",
+    "push_to_hub": "call the finished run's push_to_hub(name)",
     "hub_token": "options are written to a file; log in with huggingface_hub.login()",
     "resume_from_checkpoint": "write --resume behind the run's name, or resume=True in Python",
     "save_steps": "checkpoints go by time; write save_minutes", "save_strategy": "write save_minutes",

@@ -82,8 +82,12 @@ def ask(name: str, *, kind: Kind = "model") -> Answer:
     return _answered(request)
 
 
-def ask_hub() -> Answer:
-    """Ask whether the hub is there, and whether it takes the token if there is one."""
+def ask_hub(token: str | None = None) -> Answer:
+    """Ask whether the hub is there, and whether it takes the token if there is one.
+
+    Args:
+        token: the one to try; None for the one that ``huggingface_hub`` would send.
+    """
     if constants.HF_HUB_OFFLINE:
         return offline_answer()
     from huggingface_hub import get_session
@@ -100,7 +104,7 @@ def ask_hub() -> Answer:
         busy = status == 429 or status >= 500
         return Answer(kind="busy", detail=f"it answers {status}") if busy else Answer(kind="ok")
 
-    return _answered(request)
+    return _answered(request, token)
 
 
 def offline_answer() -> Answer:
@@ -116,9 +120,9 @@ def read_token() -> str | None:
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
 
 
-def _answered(request: Callable[[str | None], Answer]) -> Answer:
+def _answered(request: Callable[[str | None], Answer], token: str | None = None) -> Answer:
     # Asked for here: Colab's secrets can be read from the main thread only.
-    token = read_token()
+    token = token or read_token()
     if token and not (token.isascii() and token.isprintable()):
         return Answer(kind="refused_token", detail="it holds characters that no token has")
     got: list[Answer | Exception] = []
