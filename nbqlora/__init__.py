@@ -12,7 +12,7 @@ from nbqlora.core.version import __version__ as __version__
 
 __all__ = [
     "ConfigError", "DataReport", "DoctorReport", "NbqloraError", "Plan", "Report", "Run", "VramReport", "data_report",
-    "doctor", "finetune", "load", "optimize", "plan", "restore", "vram",
+    "doctor", "export_gguf", "finetune", "load", "merge", "optimize", "plan", "restore", "vram",
 ]  # fmt: skip
 
 _HOME = {
@@ -26,8 +26,10 @@ _HOME = {
     "VramReport": "nbqlora.core.report",
     "data_report": "nbqlora.api",
     "doctor": "nbqlora.api",
+    "export_gguf": "nbqlora.api",
     "finetune": "nbqlora.api",
     "load": "nbqlora.api",
+    "merge": "nbqlora.api",
     "optimize": "nbqlora.api",
     "plan": "nbqlora.api",
     "restore": "nbqlora.api",
@@ -35,7 +37,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from nbqlora.api import data_report, doctor, finetune, load, optimize, plan, restore, vram
+    from nbqlora.api import data_report, doctor, export_gguf, finetune, load, merge, optimize, plan, restore, vram
     from nbqlora.core.data_report import DataReport
     from nbqlora.core.doctor import DoctorReport
     from nbqlora.core.errors import ConfigError, NbqloraError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbqlora import run as _run
@@ -9,6 +12,7 @@ from nbqlora import view
 from nbqlora.core.data_report import DataReport
 from nbqlora.core.doctor import DoctorReport
 from nbqlora.core.events import Observer
+from nbqlora.core.merged import MergeReport
 from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.report import VramReport
 from nbqlora.core.request import CellRequest
@@ -16,7 +20,11 @@ from nbqlora.memory import probe
 
 if TYPE_CHECKING:
     from nbqlora.engine.loaded import LoadedModel
+    from nbqlora.hub.gguf import ExportedGguf
     from nbqlora.run import Run
+    from nbqlora.run.sources import MergeSource
+
+Adapters = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 view.register_all()
 
@@ -98,6 +106,68 @@ def doctor(model: str | None = None, output_dir: str = ".") -> DoctorReport:
     from nbqlora.run.doctor import doctor as look_at_all
 
     return look_at_all(model, output_dir)
+
+
+def merge(
+    adapter: Adapters,
+    path: str | PathLike[str],
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> MergeReport:
+    """Write a base and its adapter as one model that plain transformers loads, a few rows at a time.
+
+    Args:
+        adapter: a run's folder, or an adapter's in PEFT's format; several are merged in their order.
+        path: a folder that is not there yet, or holds an earlier merge.
+        model: the base; None for the one that the adapter names.
+        **settings: ``base``, ``dtype``, ``maximum_memory_usage``, ``max_shard_size``, ``temporary_location``,
+            ``check``, as ``Run.merge`` has them.
+
+    Raises:
+        ConfigError, ModelError, RunError, OutOfDiskError: as ``Run.merge``.
+    """
+    from nbqlora.run.merging import MergeSettings
+    from nbqlora.run.merging import merge as write
+    from nbqlora.run.progress import bar
+
+    how = MergeSettings(**settings)
+    return write(_source(adapter, model, trust_remote_code), Path(path), how, bar)
+
+
+def export_gguf(
+    adapter: Adapters,
+    path: str | PathLike[str],
+    quantization: str = "Q8_0",
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> ExportedGguf:
+    """Write a base and its adapter as one GGUF file, which llama.cpp and what builds on it run.
+
+    Args:
+        adapter: as in :func:`merge`.
+        path: the file.
+        quantization: as in ``Run.export_gguf``.
+        model: as in :func:`merge`.
+        **settings: ``base``, ``maximum_memory_usage``, ``temporary_location``.
+
+    Raises:
+        ConfigError, ModelError, RunError, OutOfDiskError: as ``Run.export_gguf``.
+    """
+    from nbqlora.run.exporting import export
+    from nbqlora.run.progress import bar
+
+    return export(_source(adapter, model, trust_remote_code), Path(path), quantization, say=bar, **settings)
+
+
+def _source(adapter: Adapters, model: str | None, trust_remote_code: bool) -> MergeSource:
+    from nbqlora.run.sources import source_of_folders
+
+    folders = [adapter] if isinstance(adapter, (str, PathLike)) else adapter
+    return source_of_folders([Path(each).expanduser() for each in folders], model, trust_remote_code=trust_remote_code)
 
 
 def load(model: str, **options: Any) -> LoadedModel:

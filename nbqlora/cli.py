@@ -1,4 +1,4 @@
-"""The same from a shell: ``nbqlora demo``, ``plan FILE.toml``, ``finetune FILE.toml``, ``vram``, ``doctor``."""
+"""The same from a shell: ``nbqlora demo``, ``plan FILE.toml``, ``finetune FILE.toml``, ``merge``, ``vram``, ..."""
 
 from __future__ import annotations
 
@@ -67,12 +67,34 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(do=do)
         if name == "finetune":
             command.add_argument("--resume", action="store_true", help="go on from the run's furthest checkpoint")
+    _add_saving(commands)
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
     doctor = commands.add_parser("doctor", help="say what would keep a run from working here; status 1 if anything")
     doctor.add_argument("model", nargs="?", help="a hub id, a folder or demo: could it be loaded?")
     doctor.add_argument("--output-dir", default=".", help="where a run would write (runs/NAME, from here)")
     doctor.set_defaults(do=_doctor)
     return parser
+
+
+def _add_saving(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="write base and adapter as one model that plain transformers loads")
+    export = commands.add_parser("export", help="write base and adapter as one GGUF file, for llama.cpp")
+    for command, what in ((merge, "the folder to write: new, or an earlier merge"), (export, "the file to write")):
+        command.add_argument("adapter", nargs="+", type=Path, help="a run's folder, or an adapter's; several are added")
+        command.add_argument("path", type=Path, help=what)
+        command.add_argument("--model", help="the base, unless the adapter's own name for it will do")
+        command.add_argument("--base", default="original", help="original (published), or nf4 (as training saw it)")
+        command.add_argument("--maximum-memory-usage", type=float, default=0.9, help="share of free memory (0.9)")
+        command.add_argument("--temporary-location", help="a folder for what does not fit that memory")
+        command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+    merge.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32")
+    merge.add_argument("--max-shard-size", default="5GB", help="of one file (5GB)")
+    merge.add_argument("--no-check", action="store_true", help="do not compare the result with base and adapter")
+    merge.set_defaults(do=_merge)
+    export.add_argument(
+        "--quantization", default="Q8_0", help="F16, BF16, Q8_0, Q5_1, ...; with nbqlora[gguf] Q4_K_M, ..."
+    )
+    export.set_defaults(do=_export)
 
 
 def _request(file: Path) -> CellRequest:
@@ -121,6 +143,27 @@ def _finetune(parsed: argparse.Namespace) -> int:
     print(run)
     if run.status == "stopped":
         print(f"to go on from here: nbqlora finetune {parsed.file} --resume")
+    return 0
+
+
+def _saving(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("model", "base", "maximum_memory_usage", "temporary_location", "trust_remote_code")
+    return {name: getattr(parsed, name) for name in names}
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    from nbqlora import api
+
+    how = {"dtype": parsed.dtype, "max_shard_size": parsed.max_shard_size, "check": not parsed.no_check}
+    report = api.merge(parsed.adapter, parsed.path, **_saving(parsed), **how)
+    print(report)
+    return 0 if report.check is None or report.check.agrees else 1
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from nbqlora import api
+
+    print(api.export_gguf(parsed.adapter, parsed.path, parsed.quantization, **_saving(parsed)))
     return 0
 
 

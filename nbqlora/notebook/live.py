@@ -21,12 +21,6 @@ from nbqlora.run import Run
 from nbqlora.view.progress import Progress
 
 
-def is_static(environ: Mapping[str, str], asked: bool = False) -> bool:
-    """Whether output must not update: asked for, set by ``NBQLORA_DISPLAY``, or no front end to update in."""
-    setting = environ.get("NBQLORA_DISPLAY", "")
-    return asked or setting == "static" or (not setting and environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch")
-
-
 def updates_per_second(environ: Mapping[str, str]) -> float:
     """How often a live block may change."""
     return 1.0 if "COLAB_RELEASE_TAG" in environ else 2.0

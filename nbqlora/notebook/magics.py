@@ -98,7 +98,8 @@ def _plan(request: CellRequest, name: str) -> Any:
 
 def _run(request: CellRequest, name: str, static: bool, resume: bool) -> Any:
     from nbqlora import api
-    from nbqlora.notebook.live import LiveView, is_static
+    from nbqlora.core.display import is_static
+    from nbqlora.notebook.live import LiveView
 
     view = LiveView(name, static=is_static(os.environ, static))
     try:

@@ -8,8 +8,9 @@ import time
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+from nbqlora.core.display import is_static
 from nbqlora.core.events import EvalEvent, NoteEvent, PhaseEvent, StepEvent
-from nbqlora.notebook.live import is_static, updates_per_second
+from nbqlora.notebook.live import updates_per_second
 from nbqlora.view.progress import Progress
 
 
