@@ -12,20 +12,19 @@ more than that; what it takes to be seen was measured (``core.merged.AGREES``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nbqlora.core.errors import ModelError
 from nbqlora.core.merged import MergeCheck
 from nbqlora.engine.quiet import quiet_libraries
 from nbqlora.hub.lora_files import WEIGHTS as ADAPTER_WEIGHTS
 from nbqlora.hub.lora_files import AdapterFiles
 from nbqlora.hub.merged import MergedModel, name_of_each
 from nbqlora.hub.stored import StoredTensors
+from nbqlora.hub.streamed import Tensor, Weights, fill_buffers, streamed
 
 # Cut to the same number of tokens, so that they run together and each weight is read once.
 MOST_TOKENS = 24
@@ -34,9 +33,6 @@ PROMPTS = (
     "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return a - b\n\n\ndef multiply(a, b):",
     "Question: Why is the sky blue in the day and dark at night?\nAnswer: During the day, the light of",
 )
-Tensor = torch.Tensor
-# A parameter's values by its path; of an embedding only the rows that are asked for.
-Weights = Callable[[str, Sequence[int] | None], Tensor]
 
 
 def check_merged(
@@ -72,11 +68,7 @@ def check_merged(
 
 
 def _decoder(folder: Path, adapters: Sequence[AdapterFiles], trust_remote_code: bool) -> Any:
-    """The model on the meta device, its buffers real.
-
-    Raises:
-        ModelError: transformers does not say what a buffer holds.
-    """
+    """The model on the meta device, its buffers real. Raises :class:`ModelError` as :func:`fill_buffers`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,7 +79,7 @@ def _decoder(folder: Path, adapters: Sequence[AdapterFiles], trust_remote_code: 
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=torch.float32, attn_implementation="eager"
         )
-    _fill_buffers(model)
+    fill_buffers(model)
     if not adapters:
         return model.eval()
     configs = [LoraConfig.from_pretrained(str(a.folder)) for a in adapters]
@@ -98,22 +90,6 @@ def _decoder(folder: Path, adapters: Sequence[AdapterFiles], trust_remote_code: 
         wrapped.add_adapter(f"a{i}", each, low_cpu_mem_usage=True)
     wrapped.base_model.set_adapter([f"a{i}" for i in range(len(adapters))], inference_mode=True)
     return wrapped.base_model.model.eval()
-
-
-def _fill_buffers(model: Any) -> None:
-    """Buffers that no file holds (rotary frequencies, scales), as transformers fills them after a load."""
-    for path, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        for name, buffer in own.items():
-            unset = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
-        if own:
-            model._init_weights(module)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.isnan().any():
-                raise ModelError(
-                    f"the merge is written, but cannot be checked: what is in {path}.{name}? Use check=False"
-                )
 
 
 def _of_model(weights: MergedModel, model: Any) -> Weights:
@@ -172,71 +148,13 @@ def _hidden(model: Any, weights: Weights, vocabulary: Sequence[int], compact: Te
     for module in model.get_input_embeddings().modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # it counts in the whole vocabulary, and matters to gradients only
-    with torch.no_grad(), _streamed(decoder, _prefix_of(model, decoder), embedding, weights, vocabulary):
+    with torch.no_grad(), streamed(decoder, _prefix_of(model, decoder), embedding, weights, vocabulary):
         hidden: Tensor = decoder(input_ids=compact, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).float()
 
 
 def _prefix_of(model: Any, module: Any) -> str:
     return next(path for path, each in model.named_modules() if each is module)
-
-
-@contextmanager
-def _streamed(decoder: Any, prefix: str, embedding: str, weights: Weights, vocabulary: Sequence[int]) -> Iterator[None]:
-    """Within, each module has its weights while it is called."""
-    handles = []
-    for inner, unit in _units(decoder):
-        path = f"{prefix}.{inner}".strip(".")
-        rows = vocabulary if path == embedding else None
-        handles.append(unit.register_forward_pre_hook(_Give(path, weights, rows)))
-        handles.append(unit.register_forward_hook(_take))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _units(model: Any) -> Iterator[tuple[str, Any]]:
-    """Modules that get their weights together: what PEFT wrapped as a whole, otherwise each with weights of its own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    wrapped: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{w}.") for w in wrapped):
-            continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            wrapped.append(path)
-            yield path, module
-        elif any(True for _ in module.parameters(recurse=False)):
-            yield path, module
-
-
-class _Give:
-    """Puts the weights on a module, read anew."""
-
-    def __init__(self, path: str, weights: Weights, rows: Sequence[int] | None) -> None:
-        self._path, self._weights, self._rows = path, weights, rows
-
-    def __call__(self, unit: Any, arguments: Any) -> None:
-        for name, _ in list(unit.named_parameters()):
-            _set(unit, name, self._weights(f"{self._path}.{name}", self._rows))
-
-
-def _take(unit: Any, arguments: Any, output: Any) -> None:
-    for name, parameter in list(unit.named_parameters()):
-        _set(unit, name, torch.empty_like(parameter, device="meta"))
-
-
-def _set(unit: Any, name: str, value: Tensor) -> None:
-    *inner, last = name.split(".")
-    owner = unit.get_submodule(".".join(inner))
-    parameter = torch.nn.Parameter(value, requires_grad=False)
-    if isinstance(owner, torch.nn.ParameterDict):
-        owner[last] = parameter
-    else:
-        owner._parameters[last] = parameter
 
 
 def _head_rows(merged: MergedModel, model: MergedModel) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,12 +8,10 @@ rename. The journal stays in it, as the record of what it was made from and what
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ import torch
 
 from nbqlora.core.errors import RunError
 from nbqlora.core.units import MIB, format_bytes
-from nbqlora.hub.atomic import remove_leftovers, replace_folder, save_json, sync, write_json
+from nbqlora.hub.atomic import replace_folder, sync, write_json
+from nbqlora.hub.merge_journal import MANIFEST, begin, is_finished, note
 from nbqlora.hub.merged import MergedModel
 from nbqlora.hub.sealed import sha256
 from nbqlora.hub.shards import Entry, Written, index_of, plan_shards, write_shard
 from nbqlora.hub.stored import INDEX
 
-MANIFEST = "nbqlora_merge.json"
-FORMAT = 1
 ROOM_BYTES = 64 * MIB
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What belongs to a tokenizer or a processor, whichever library wrote it.
@@ -37,7 +34,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
     "processor_config.json",
 )  # fmt: skip
-_MARK_BYTES = 1 << 16
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
@@ -69,35 +65,6 @@ def parse_size(text: str | int) -> int:
         raise ValueError(f'{text!r} is no size; write a number of bytes, "5GB" or "500MiB"')
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-
-
-def identity_of(
-    model: MergedModel, base_files: Iterable[Path], adapters: Iterable[Path], **settings: Any
-) -> dict[str, Any]:
-    """What decides every byte of a merge: two merges that agree in it write the same files.
-
-    Args:
-        base_files: the base's files; told apart by name, size, and their beginning and end, since all of them may be
-            150 GB.
-        adapters: files, told apart by their digest.
-        settings: dtype and the like, plain values.
-    """
-    return {
-        "format": FORMAT,
-        "base": {file.name: _mark(file) for file in base_files},
-        "config": hashlib.sha256(json.dumps(model.config, sort_keys=True).encode()).hexdigest(),
-        "adapters": [sha256(file) for file in adapters],
-        **settings,
-    }
-
-
-def _mark(file: Path) -> list[Any]:
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        digest = hashlib.sha256(opened.read(_MARK_BYTES))
-        opened.seek(max(0, size - _MARK_BYTES))
-        digest.update(opened.read(_MARK_BYTES))
-    return [size, digest.hexdigest()]
 
 
 def work_folder(target: Path) -> Path:
@@ -156,12 +123,12 @@ def write_merged(
     check_target(target)
     shards = plan_shards(entries_of(model, dtype), max_shard_bytes)
     total = _n_bytes(shards)
-    if _is_finished(target, identity):
+    if is_finished(target, identity):
         # Left by a merge that was killed right after it had replaced another one.
         shutil.rmtree(work_folder(target), ignore_errors=True)
         return MergedFiles(folder=target, files=tuple(shards), n_bytes=total, kept_bytes=total)
     work = work_folder(target)
-    written = _begin(work, identity)
+    written = begin(work, identity)
     kept = _n_bytes({file: shards[file] for file in written})
     done_already = f" (its whole shards, {format_bytes(kept)}, stay)" if kept else ""
     check_room(f"{'the rest of ' if kept else ''}{target.name}{done_already}", total - kept + ROOM_BYTES, work)
@@ -175,7 +142,7 @@ def write_merged(
     for file, entries in shards.items():
         if file not in written:
             written[file] = write_shard(work / file, entries, model.pieces_as, add)
-            _note(work, identity, written)
+            note(work, identity, written)
     _finish(work, model, dtype, shards, written, identity)
     replace_folder(work, target)
     return MergedFiles(folder=target, files=tuple(shards), n_bytes=total, kept_bytes=kept)
@@ -183,62 +150,6 @@ def write_merged(
 
 def _n_bytes(shards: Mapping[str, Sequence[Entry]]) -> int:
     return sum(entry.n_bytes for entries in shards.values() for entry in entries)
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with a merged model's files, compared with its manifest; ``""`` when nothing is."""
-    try:
-        files = _read(folder)["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or cannot be read"
-    for name, (size, digest) in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
-        if sha256(file) != digest:
-            return f"{name} is not what was written"
-    return ""
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    value = json.loads((folder / MANIFEST).read_text("utf-8"))
-    return value if isinstance(value, dict) else {}
-
-
-def _is_finished(target: Path, identity: Mapping[str, Any]) -> bool:
-    """The same merge is there, whole, from an earlier call."""
-    return _journal(target).get("identity") == identity and not damage(target)
-
-
-def _journal(folder: Path) -> dict[str, Any]:
-    try:
-        return _read(folder)
-    except (OSError, ValueError):
-        return {}
-
-
-def _begin(work: Path, identity: Mapping[str, Any]) -> dict[str, Written]:
-    """Make the work folder, or take one over: the shards in it that are this merge's and whole."""
-    journal = _journal(work)
-    if work.exists() and journal.get("identity") != identity:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(work)
-    if journal.get("identity") != identity:
-        return {}
-    found = {name: Written(**each) for name, each in journal["shards"].items()}
-    return {name: w for name, w in found.items() if _is_whole(work / name, w)}
-
-
-def _is_whole(file: Path, written: Written) -> bool:
-    return file.is_file() and file.stat().st_size == written.n_bytes and sha256(file) == written.sha256
-
-
-def _note(work: Path, identity: Mapping[str, Any], written: Mapping[str, Written], **more: Any) -> None:
-    shards = {name: asdict(w) for name, w in written.items()}
-    save_json({"identity": identity, "shards": shards, **more}, work / MANIFEST)
 
 
 def _finish(
@@ -261,7 +172,7 @@ def _finish(
     for file in beside:
         sync(file)
     files = {**written, **{f.name: Written(file=f.name, n_bytes=f.stat().st_size, sha256=sha256(f)) for f in beside}}
-    _note(work, identity, written, files={name: [w.n_bytes, w.sha256] for name, w in files.items()})
+    note(work, identity, written, files={name: [w.n_bytes, w.sha256] for name, w in files.items()})
     sync(work)
 
 

@@ -24,7 +24,7 @@ from nbqlora.hub.atomic import write_json
 from nbqlora.hub.card import CURVE, Kind
 from nbqlora.hub.demo_model import DEMO_NAME
 from nbqlora.hub.manifest import CONFIG, MANIFEST, PAGE, WEIGHTS, read_manifest, write_manifest
-from nbqlora.hub.merge import MANIFEST as MERGE_MANIFEST
+from nbqlora.hub.merge_journal import MANIFEST as MERGE_MANIFEST
 from nbqlora.hub.reach import ask
 from nbqlora.hub.save import DEMO_ORIGIN
 from nbqlora.hub.sealed import sha256

@@ -106,11 +106,6 @@ class StoredTensors(Mapping[str, Stored]):
         """Of all tensors."""
         return sum(t.n_bytes for t in self._found.values())
 
-    @property
-    def largest_bytes(self) -> int:
-        """Of the largest one."""
-        return max((t.n_bytes for t in self._found.values()), default=0)
-
 
 def open_model(folder: Path) -> StoredTensors:
     """The tensors of a model's folder.

@@ -22,7 +22,8 @@ from nbqlora.hub.base_weights import OriginalWeights
 from nbqlora.hub.check_merged import PROMPTS, check_merged
 from nbqlora.hub.inspect import read_tokenizer
 from nbqlora.hub.lora_files import CONFIG, WEIGHTS
-from nbqlora.hub.merge import DTYPES, Progress, check_target, identity_of, parse_size, work_folder, write_merged
+from nbqlora.hub.merge import DTYPES, Progress, check_target, parse_size, work_folder, write_merged
+from nbqlora.hub.merge_journal import identity_of
 from nbqlora.hub.merged import MergedModel
 from nbqlora.hub.refused import disk_errors
 from nbqlora.hub.stored import open_model

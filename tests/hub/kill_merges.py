@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from nbqlora.hub.merge import MANIFEST, damage, work_folder
+from nbqlora.hub.merge import work_folder
+from nbqlora.hub.merge_journal import MANIFEST, damage
 from nbqlora.hub.sealed import sha256
 from tests.hub.merging import merge_tiny, save_base, save_lora
 

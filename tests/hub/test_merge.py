@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nbqlora.core.errors import ConfigError, ModelError, OutOfDiskError, RunError
-from nbqlora.hub.merge import MANIFEST, damage, parse_size, work_folder
+from nbqlora.hub.merge import parse_size, work_folder
+from nbqlora.hub.merge_journal import MANIFEST, damage
 from nbqlora.hub.stored import open_model
 from nbqlora.run.merging import MergeSettings
 from nbqlora.view.merged import merge_text
@@ -47,7 +48,7 @@ def test_the_check_sees_one_layer_that_was_left_out(llama, tmp_path):
     base, adapter = llama
     from safetensors.torch import load_file, save_file
 
-    from nbqlora.hub.merge import MANIFEST
+    from nbqlora.hub.merge_journal import MANIFEST
     from nbqlora.hub.stored import SINGLE
 
     report = merge_tiny(base, [adapter], tmp_path / "merged")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nbqlora.hub.atomic import remove_leftovers
-from nbqlora.hub.merge import MANIFEST, damage, work_folder
+from nbqlora.hub.merge import work_folder
+from nbqlora.hub.merge_journal import MANIFEST, damage
 from nbqlora.hub.save import sha256
 from tests.hub.faults import Case, Fault, every_fault
 from tests.hub.merging import merge_tiny, save_base, save_lora

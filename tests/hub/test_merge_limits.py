@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from nbqlora.core.errors import ModelError, OutOfDiskError
-from nbqlora.hub.merge import damage, work_folder
+from nbqlora.hub.merge import work_folder
+from nbqlora.hub.merge_journal import damage
 from nbqlora.hub.stored import open_model
 from tests.hub import kill_merges
 from tests.hub.merging import merge_tiny, plain_logits, save_base, save_lora
 
 IDS = torch.arange(3, 40)[None]
-# Merges within so much more address space than the process has once all is imported; prints what it took.
+# Merges within so much more data than the process has once all is imported; prints what it took.
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def status(key):
 
 source = MergeSource(folder=Path(folder, "base"), adapters=(Path(folder, "adapter"),), dtype="fp32")
 if more:
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + more,) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + more,) * 2)
 before = status("VmRSS")
 report = merge(source, Path(target), MergeSettings(**settings))
 print(json.dumps({"ram_bytes": status("VmHWM") - before, **report.as_dict()}))
@@ -57,7 +58,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "base")
     tiny.make_tokenizer().save_pretrained(folder / "base")
     tiny.with_lora(model, r=2).save_pretrained(folder / "adapter")
-    assert open_model(folder / "base").largest_bytes == 128 * MIB
+    assert max(t.n_bytes for t in open_model(folder / "base").values()) == 128 * MIB
     return folder
 
 
@@ -72,8 +73,8 @@ def limited(folder: Path, target: Path, more: int, **settings: Any) -> dict[str,
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("base", ["original", "nf4"])
 def test_within_less_than_one_tensor(base: str, wide: Path, tmp_path: Path) -> None:
-    # Whole tensors would take three times 128 MiB; a thread and its arena of the allocator alone reserve 136.
-    told = limited(wide, tmp_path / "merged", 256 * MIB, base=base, check=False)
+    # Whole tensors would take three times 128 MiB; what is imported on the way takes 100.
+    told = limited(wide, tmp_path / "merged", 240 * MIB, base=base, check=False)
     assert told["n_bytes"] > 384 * MIB and told["spilled_bytes"] == 0
     # Two of the largest tensors; most of it is libraries that are imported on the way.
     assert told["ram_bytes"] < 2 * 128 * MIB

@@ -13,7 +13,7 @@ import nbqlora
 from nbqlora.cli import main
 from nbqlora.core.errors import ConfigError, ModelError, OutOfDiskError, RunError
 from nbqlora.core.events import NoteEvent
-from nbqlora.hub.merge import damage
+from nbqlora.hub.merge_journal import damage
 from tests import tiny
 from tests.hub.merging import plain_logits
 from tests.mounts import mounted
