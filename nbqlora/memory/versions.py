@@ -41,7 +41,7 @@ KNOWN: Mapping[str, Known] = {
     "bitsandbytes": Known(floor="0.48", tested="0.50.2"),
     "accelerate": Known(floor="1.14", tested="1.15.0"),
     "datasets": Known(floor="4.7", tested="5.2.0"),
-    "gguf": Known(floor="0.16", tested="0.19.0"),
+    "gguf": Known(floor="0.18", tested="0.19.0"),
     "ipython": Known(floor="7.34", tested="9.18.1", module="IPython"),
     "ipywidgets": Known(floor="7.7", tested="8.1.9"),
     "matplotlib": Known(floor="3.7", tested="3.11.2"),
@@ -49,6 +49,7 @@ KNOWN: Mapping[str, Known] = {
     "psutil": Known(floor="5.9", tested="7.2.2"),
     "pyarrow": Known(floor="21", tested="26.0.1"),
     "safetensors": Known(floor="0.4.3", tested="0.8.0"),
+    "tqdm": Known(floor="4.64", tested="4.70.1"),
 }
 # Named in the report's line; the others only when something is wrong with them.
 MAIN = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")

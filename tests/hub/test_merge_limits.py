@@ -27,6 +27,10 @@ import torch, transformers, peft, bitsandbytes
 from nbqlora.run.merging import MergeSettings, merge
 from nbqlora.run.sources import MergeSource
 torch.set_num_threads(1)
+import bitsandbytes.functional
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+bitsandbytes.functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4")  # imports what compiles
 folder, target, more, settings = json.loads(sys.argv[1])
 
 def status(key):
@@ -73,8 +77,8 @@ def limited(folder: Path, target: Path, more: int, **settings: Any) -> dict[str,
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("base", ["original", "nf4"])
 def test_within_less_than_one_tensor(base: str, wide: Path, tmp_path: Path) -> None:
-    # Whole tensors would take three times 128 MiB; what is imported on the way takes 100.
-    told = limited(wide, tmp_path / "merged", 240 * MIB, base=base, check=False)
+    # Whole tensors would take three times 128 MiB; what is imported on the way, and the allocator's holes, up to 150.
+    told = limited(wide, tmp_path / "merged", 280 * MIB, base=base, check=False)
     assert told["n_bytes"] > 384 * MIB and told["spilled_bytes"] == 0
     # Two of the largest tensors; most of it is libraries that are imported on the way.
     assert told["ram_bytes"] < 2 * 128 * MIB

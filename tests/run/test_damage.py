@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nbqlora.core.errors import ModelError, OutOfDiskError, RunError
+from nbqlora.core.errors import RunError
 from nbqlora.core.events import NoteEvent
 from nbqlora.hub.adapter import whole_adapter
 from nbqlora.hub.manifest import adapter_damage
@@ -163,7 +163,7 @@ def test_planted_pickles_are_never_opened(model, killed, whole, tmp_path):
     assert (run.adapter_dir / "optimizer.pt").is_file(), "not ours to remove"
 
 
-def test_a_damaged_adapter_is_not_talked_to_and_the_checkpoint_has_the_same(model, tmp_path):
+def test_a_damaged_adapter_is_not_talked_to_but_the_same_one_in_the_checkpoint_is(model, tmp_path):
     run = finetune(model, tmp_path / "out")
     said = run.chat("sun", max_new_tokens=4)
     run.free()
@@ -171,16 +171,17 @@ def test_a_damaged_adapter_is_not_talked_to_and_the_checkpoint_has_the_same(mode
     changed[-2] ^= 1
     (run.adapter_dir / WEIGHTS).write_bytes(changed)
     there = step_folder(tmp_path / "out", TOTAL)
-    message = f"{WEIGHTS} is not what was written; the same one in {there} is whole"
-    with pytest.raises(ModelError, match=re.escape(message)):
-        run.chat("sun", max_new_tokens=4)
+    message = f"{WEIGHTS} is not what was written; using the same one in {there}"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        assert run.chat("sun", max_new_tokens=4) == said
+    run.free()
     found = whole_adapter(run.adapter_dir)
     assert found.folder == there and found.note.endswith(f"using the same one in {there}")
     shutil.copytree(there, run.adapter_dir, dirs_exist_ok=True)
     assert run.chat("sun", max_new_tokens=4) == said
 
 
-def test_a_disk_that_fills_up_costs_checkpoints_and_then_the_adapter_and_the_former_one_stays(
+def test_a_disk_that_fills_up_costs_checkpoints_and_the_adapter_goes_to_another_and_the_former_one_stays(
     model, whole, tmp_path, monkeypatch
 ):
     """A real disk: what was reserved for others is gone when the run saves."""
@@ -193,9 +194,12 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_then_the_adapter_and_the_for
         before = content(disk / "run" / "adapter")
         _fill(disk, leave=64 << 10)
         told: list[Any] = []
-        said = r"the adapter cannot be saved in .*/adapter: No space left on device; free some room and run it again"
-        with pytest.raises(OutOfDiskError, match=said):
-            finetune(model, disk / "run", save_minutes=1e-9, observe=told.append)
+        monkeypatch.chdir(tmp_path)
+        elsewhere = finetune(model, disk / "run", save_minutes=1e-9, observe=told.append)
+        assert elsewhere.status == "done" and not elsewhere.adapter_dir.is_relative_to(disk)
+        assert weights(elsewhere.adapter_dir) == weights(whole.adapter_dir)
+        said = r"the adapter cannot be saved in .*/adapter: No space left on device; .*; so the adapter is in "
+        assert [e.text for e in told if isinstance(e, NoteEvent) and re.match(said, e.text)]
         lost = [e.text for e in told if isinstance(e, NoteEvent) and e.text.startswith("no checkpoint")]
         assert len(lost) == TOTAL and all(text.endswith("for the next one; the run goes on") for text in lost), lost
         assert content(disk / "run" / "adapter") == before and adapter_damage(first.adapter_dir, all_files=True) == ""
