@@ -2,8 +2,8 @@
 
 A file is a header (JSON: name, dtype, shape, place) and the bytes behind it. Rows are read with ``pread`` into a
 buffer of their own, not through a memory map: a file that was cut, or lies on a Drive that went away, is then an
-error instead of the end of the process (SIGBUS), and what was read does not count as memory of this process. The
-copy costs 0.2 s a GB.
+error instead of the end of the process (SIGBUS), and what was read does not count as memory of this process. What it
+costs is a copy: 2.5 GB came from the page cache in 2.1 s, on a busy machine.
 
 The header is checked before anything is read: places within the file, as long as the shapes say, one beside the
 other. Nothing but safetensors and JSON is opened.

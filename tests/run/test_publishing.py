@@ -52,6 +52,18 @@ def test_a_run_is_published_with_its_figures(whole: Any, model: Path, store: Sto
     ]
 
 
+def test_a_run_publishes_its_adapter_and_what_was_merged_from_it(
+    whole: Any, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = whole.push_to_hub("me/adapter", token=GOOD_TOKEN, base_model="them/sun-base")
+    assert address.endswith("/me/adapter")
+    assert 'base_model: "them/sun-base"' in (store.folder("me/adapter") / "README.md").read_text()
+    whole.merge(tmp_path / "merged", check=False)
+    whole.push_to_hub("me/merged", folder=tmp_path / "merged", kind="merged", token=GOOD_TOKEN)
+    assert (store.folder("me/merged") / "model.safetensors").is_file()
+    assert GOOD_TOKEN not in capsys.readouterr().out
+
+
 def test_nothing_of_the_rows_and_of_this_machine_is_published(whole: Any, store: Store) -> None:
     publish_run(whole.report, whole.adapter_dir, "me/sun", token=GOOD_TOKEN)
     texts = {row["messages"][i]["content"] for row in ROWS for i in (0, 1)}
