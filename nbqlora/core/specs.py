@@ -14,11 +14,18 @@ from nbqlora.core.saving import Room
 
 
 class LayerPolicy(Enum):
-    """What one decoder layer keeps between its forward and its backward: all, all but the MLP's, or its input alone."""
+    """What one decoder layer keeps between its forward and its backward.
+
+    KEEP: all that its backward needs. RECOMPUTE_MLP: all but the MLP's. RECOMPUTE: its input alone. OFFLOAD: its input
+    in host memory. JOIN: nothing; its input is computed again from that of the layers before it, of which the nearest
+    that does not join is RECOMPUTE or OFFLOAD.
+    """
 
     KEEP = "keep"
     RECOMPUTE_MLP = "recompute_mlp"
     RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+    JOIN = "join"
 
 
 class BatchLayout(Enum):
@@ -87,6 +94,7 @@ class ModelSpec:
         n_linear_params: parameters of the layers' linears: those that NF4 stores and LoRA adapts.
         weights_dtype_bytes: bytes of one unquantized parameter as stored on disk.
         quantized: the checkpoint is already stored in 4 bits.
+        mlp_alone: every layer has an MLP as a module of its own.
         download_bytes: size of the checkpoint's files, None when unknown.
     """
 
@@ -105,6 +113,7 @@ class ModelSpec:
     head: HeadSpec
     weights_dtype_bytes: int = 2
     quantized: bool = False
+    mlp_alone: bool = True
     max_positions: int | None = None
     download_bytes: int | None = None
 

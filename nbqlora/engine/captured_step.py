@@ -31,6 +31,7 @@ from nbqlora.engine.fused import Engine
 from nbqlora.engine.graphs import Graphs, Inputs, Shape, capture_stream, documents_of_shape, fill, fill_chunk
 from nbqlora.engine.head import IGNORED, head_chunk
 from nbqlora.kernels.rms_norm import rms_norm_backward
+from nbqlora.memory.workspaces import free_workspaces
 
 # Shapes that are kept; the one that was not used for longest is dropped.
 MAX_SHAPES = 6
@@ -63,6 +64,7 @@ class CapturedStep:
         self._graphs: OrderedDict[Shape, Graphs] = OrderedDict()
         self._seen: set[Shape] = set()
         self._pool: Any = None
+        self.capturing = False
         self._stream = capture_stream(engine.device)
 
     def __repr__(self) -> str:
@@ -81,7 +83,9 @@ class CapturedStep:
             if shape not in self._seen:
                 self._seen.add(shape)
                 return None
+            self.capturing = True  # stays so where it is broken off
             graphs = self._capture(batch, shape)
+            self.capturing = False
         self._graphs.move_to_end(shape)
         return self._replay(graphs, batch, factor)
 
@@ -135,8 +139,10 @@ class CapturedStep:
         adapters.begin_gradients()
         while len(self._graphs) >= MAX_SHAPES:
             self._graphs.popitem(last=False)
+        # The eager step's workspaces and cache: the pool would stand beside them.
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the eager step's cache: the pool would stand beside it
+        free_workspaces()
+        torch.cuda.empty_cache()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         inputs = self._inputs(batch)
@@ -150,12 +156,19 @@ class CapturedStep:
             forward=forward, chunk=chunk, backward=backward, inputs=inputs, loss=state["loss"], gradient=gradient
         )
         self._graphs[shape] = graphs
+        free_workspaces()  # those of the capture: they lie in the pool, and live as long as it does
         return graphs
 
     def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        slab = self._engine.scratch.slab
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
+            try:
+                work()
+            except BaseException:
+                if slab is not None:  # a capture cannot end while copies that it began are apart from it
+                    slab.forget()
+                raise
         return graph
 
     def _inputs(self, batch: dict[str, torch.Tensor]) -> Inputs:
@@ -190,9 +203,9 @@ class CapturedStep:
         hidden = state["hidden"].detach().flatten(0, 1)
         rows = hidden.index_select(0, inputs.places.clamp(max=hidden.shape[0] - 1))
         read, rstd = norm(rows)
-        loss, slope = head_chunk(read.to(output.weight.dtype), output.weight, output.bias, inputs.targets, self._head)
+        losses, slope = head_chunk(read.to(output.weight.dtype), output.weight, output.bias, inputs.targets, self._head)
         assert slope is not None
-        state["loss"] += loss
+        state["loss"] += losses.sum()
         scaled = (slope * inputs.factor).to(hidden.dtype)
         found = rms_norm_backward(scaled, rows, norm.weight, rstd, style=norm.style)
         state["gradient"].index_copy_(0, inputs.places, found)

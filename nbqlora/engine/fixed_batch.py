@@ -37,7 +37,7 @@ def fixed_batch(batch: Mapping[str, Any], *, most_tokens: int, pad_token_id: int
     rows, seq = ids.shape
     positions = batch.get("position_ids")
     boundaries = _boundaries(batch, positions, rows, seq)
-    more = -seq % _step(most_tokens)
+    more = filled(seq, most_tokens) - seq
     if positions is None:
         positions = torch.arange(seq, device=ids.device).expand(rows, -1)
     positions = positions.expand(rows, -1)
@@ -60,6 +60,12 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     places = (following != IGNORED).nonzero()[:, 0]
     return places, following[places]
+
+
+def filled(tokens: int, most_tokens: int) -> int:
+    """Tokens of a row when it was filled up."""
+    step = _step(most_tokens)
+    return -(-tokens // step) * step
 
 
 def _step(most_tokens: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from nbqlora.engine.attention import AttentionKind, Documents, choose_attention
 from nbqlora.engine.calls import documents_of, padded_on_the_right
 from nbqlora.engine.group import Scratch
+from nbqlora.engine.inputs import send_input, store_input
 from nbqlora.engine.last_norm import norm_forward
 from nbqlora.engine.layer import Call, Layer, Norm
 from nbqlora.engine.layer_backward import layer_backward
@@ -33,8 +34,11 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, layer: Layer, call: Call, *parameters: torch.Tensor) -> torch.Tensor:
+        x = hidden.reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
-            out, kept = layer_forward(layer, hidden.reshape(-1, hidden.shape[-1]), call)
+            send_input(layer, x)
+            out, kept = layer_forward(layer, x, call)
+            ctx.stored = store_input(layer, call, kept, need_input=ctx.needs_input_grad[0])
         ctx.layer, ctx.call, ctx.names, ctx.n_parameters = layer, call, tuple(kept), len(parameters)
         ctx.save_for_backward(*kept.values())
         return out.view(hidden.shape)
@@ -48,6 +52,7 @@ class _FusedLayer(torch.autograd.Function):
             adapters.begin_gradients()
         flat = gradient.flatten(0, 1)
         with torch.autocast(flat.device.type, enabled=False):
+            ctx.stored.find(kept)
             found = layer_backward(ctx.layer, flat, kept, ctx.call, need_input=ctx.needs_input_grad[0])
         input_gradient = None if found is None else found.view(gradient.shape)
         return (input_gradient, None, None, *(None for _ in range(ctx.n_parameters)))
@@ -119,6 +124,9 @@ class Engine:
                 module.forward = own
         self._hooks, self._own_forwards = [], {}
         self.scratch.arena.free()
+        if self.scratch.slab is not None:
+            self.scratch.slab.free()
+            self.scratch.slab = None
         if self.scratch.adapters is not None:
             self.scratch.adapters.release()
 
@@ -185,7 +193,9 @@ class Engine:
         return tuple(args), changed
 
     def _end(self, *_: Any) -> None:
-        self._now = None
+        self._now, self.scratch.joined = None, None
+        if self.scratch.slab is not None:
+            self.scratch.slab.settle()
         self._flat.clear()
 
     def _fuses(self, kwargs: Mapping[str, Any]) -> bool:

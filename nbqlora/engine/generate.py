@@ -50,8 +50,22 @@ def generate(
     """
     if not prompts:
         return []
-    model = loaded.model
     ids, mask = _left_padded([chat_text(loaded.tokenizer, p) for p in prompts], loaded)
+    with talking(loaded, use_adapter=use_adapter, free_ram_bytes=free_ram_bytes):
+        settings = generation_settings(loaded, max_new_tokens)
+        out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    answers = loaded.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [a.strip() for a in answers]
+
+
+@contextmanager
+def talking(loaded: LoadedModel, *, use_adapter: bool, free_ram_bytes: int) -> Iterator[None]:
+    """Within, the model generates as fast as it can here; afterwards it is as it was.
+
+    Args:
+        use_adapter, free_ram_bytes: as in :func:`generate`.
+    """
+    model = loaded.model
     training = model.training
     model.eval()
     try:
@@ -63,12 +77,9 @@ def generate(
                 stack.enter_context(model.disable_adapter())
             if loaded.device.type == "cpu" and unpacked_bytes(model) < UNPACK_SHARE * free_ram_bytes:
                 stack.enter_context(unpacked(model))
-            settings = _greedy(loaded, max_new_tokens)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            yield
     finally:
         model.train(training)
-    answers = loaded.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return [a.strip() for a in answers]
 
 
 def _pad_id(loaded: LoadedModel) -> int:
@@ -87,14 +98,15 @@ def _left_padded(texts: list[str], loaded: LoadedModel) -> tuple[torch.Tensor, t
     return ids, mask
 
 
-def _greedy(loaded: LoadedModel, max_new_tokens: int) -> Any:
+def generation_settings(loaded: LoadedModel, max_new_tokens: int, *, temperature: float = 0.0) -> Any:
+    """Greedy, or above a temperature of 0 sampled from all tokens; where an answer ends is the model's own."""
     from transformers import GenerationConfig
 
     own = loaded.model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else loaded.tokenizer.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {loaded.tokenizer.eos_token_id}
     return GenerationConfig(
-        do_sample=False,
+        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(e for e in ends if e is not None) or None,

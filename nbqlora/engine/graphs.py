@@ -49,8 +49,7 @@ class Graphs:
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a device that graphs are captured on.
 
-    cuBLAS keeps a workspace for every stream that it ever ran on (64 MiB on an H100): a new stream a run would leave
-    as much behind after each.
+    A new stream a run would leave a handle of cuBLAS, and what it holds, behind after each.
     """
     return torch.cuda.Stream(device, priority=-1)
 

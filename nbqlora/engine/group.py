@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,10 @@ from nbqlora.engine.adapters import FlatAdapters
 from nbqlora.engine.projection import NotMatchedError, Projection
 from nbqlora.kernels.nf4 import Nf4
 from nbqlora.memory.arena import DequantArena
+from nbqlora.memory.host_slab import HostSlab
+
+if TYPE_CHECKING:
+    from nbqlora.engine.inputs import JoinedLayers
 
 
 @dataclass
@@ -23,16 +28,27 @@ class Scratch:
 
     Args:
         handed: the gradient that a layer's backward gave to the layer before it, with room behind each row.
+        slab: host memory for the inputs of layers that offload.
+        joined: the layers that the next one may join.
+        mlp_tile_tokens: tokens that an MLP which is computed again handles at once; 0 for all.
     """
 
     arena: DequantArena
     adapters: FlatAdapters | None = None
     handed: torch.Tensor | None = None
+    slab: HostSlab | None = None
+    joined: JoinedLayers | None = None
+    mlp_tile_tokens: int = 0
 
     def needed_adapters(self) -> FlatAdapters:
         """The adapters of a model that has some."""
         assert self.adapters is not None
         return self.adapters
+
+    def needed_slab(self) -> HostSlab:
+        """The host memory of a model that offloads."""
+        assert self.slab is not None
+        return self.slab
 
     def copy_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """An adapter's matrix in the products' dtype."""

@@ -63,18 +63,19 @@ class _HeadLoss(torch.autograd.Function):
         chunk_tokens: int,
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = []
         for begin in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
             found, slope = head_chunk(
                 hidden[rows], weight, bias, targets[rows], head, with_gradient=gradient is not None
             )
-            total += found
+            losses.append(found)
             if gradient is not None and slope is not None:
                 gradient[rows] = slope
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        # One sum over all tokens: the same bits, however many chunks they came in.
+        return torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
@@ -91,14 +92,14 @@ def head_chunk(
     *,
     with_gradient: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss of a chunk, 0-d fp32, and its gradient with respect to ``hidden [n, d_model]``.
+    """Losses of a chunk ``[n]``, fp32, and their sum's gradient with respect to ``hidden [n, d_model]``.
 
     The logits become their own gradient in place; a target of -100 counts for nothing.
     """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     scale, softcap = head.logit_factor / head.logit_divisor, head.logit_softcap or 0.0
     losses = cross_entropy_(logits, targets, factor=1.0, scale=scale, softcap=softcap, with_gradient=with_gradient)
-    return losses.sum(), torch.mm(logits, weight) if with_gradient else None
+    return losses, torch.mm(logits, weight) if with_gradient else None
 
 
 def head_loss(
@@ -215,8 +216,11 @@ def _probe(model: Any, head: HeadSpec, device: torch.device, tolerance: float) -
             False,
             f"on a probe its logits differ from the model's own by {apart:.2g}, where the largest is {largest:.2g}",
         )
-    rows = hidden[0, :-1].to(output.weight.dtype)
-    loss = float(head_loss(rows, output.weight, output.bias, ids[0, 1:], head, PROBE_TOKENS)) / (PROBE_TOKENS - 1)
+    # With its gradient, so that the kernel which is compiled here is the first step's.
+    rows = hidden[0, :-1].to(output.weight.dtype).detach().requires_grad_()
+    with torch.enable_grad():
+        summed = head_loss(rows, output.weight, output.bias, ids[0, 1:], head, PROBE_TOKENS)
+    loss = float(summed.detach()) / (PROBE_TOKENS - 1)
     expected = float(torch.nn.functional.cross_entropy(own[:-1], ids[0, 1:]))
     if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
         return False, f"on a probe its loss is {loss:.5f}, the model's own {expected:.5f}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nbqlora.engine.layer import Norm
-from nbqlora.engine.layer_probe import TOLERANCE
+from nbqlora.engine.layer_probe import PROBE_TOKENS, TOLERANCE
 from nbqlora.kernels.rms_norm import rms_norm_backward
 
 
@@ -49,9 +49,17 @@ def norm_forward(module: Any, norm: Norm, skips: Callable[[], bool]) -> Any:
 
 
 def norm_differs(module: Any, norm: Norm) -> bool:
-    """Whether the module computes something else."""
+    """Whether the module computes something else, forward or backward."""
     numbers = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, norm.weight.numel(), generator=numbers).to(norm.weight.device, norm.weight.dtype)
-    with torch.no_grad():
-        own, ours = module(x).float(), norm(x[0])[0].float()
-    return bool((own[0] - ours).norm() > TOLERANCE[norm.weight.dtype] * own.norm())
+    shape = (2, 1, PROBE_TOKENS, norm.weight.numel())
+    x, gradient = torch.randn(shape, generator=numbers).to(norm.weight.device, norm.weight.dtype)
+    with torch.enable_grad():
+        read = [x.clone().requires_grad_() for _ in range(2)]
+        outs = [module(read[0]), _Normed.apply(read[1], norm)]
+        slopes = [torch.autograd.grad(out, at, gradient)[0] for out, at in zip(outs, read, strict=True)]
+    return any(_apart(own, ours, norm) for own, ours in (outs, slopes))
+
+
+def _apart(own: torch.Tensor, ours: torch.Tensor, norm: Norm) -> bool:
+    own, ours = own.detach().float(), ours.detach().float()
+    return bool((own - ours).norm() > TOLERANCE[norm.weight.dtype] * own.norm())

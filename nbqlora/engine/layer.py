@@ -83,6 +83,8 @@ class Layer:
         attention_in, attention_out, mlp_in, mlp_out: norms before and behind its halves, None where there is none.
         residual_scale: what is added to the residual is multiplied by this (Granite).
         policy: what the forward keeps for the backward.
+        slot: of the host memory, where the policy is to offload.
+        joined_by_next: the next layer's input is computed again from this one's.
     """
 
     qkv: Group
@@ -100,11 +102,21 @@ class Layer:
     k_norm: Norm | None = None
     residual_scale: float = 1.0
     policy: LayerPolicy = field(default=LayerPolicy.KEEP)
+    slot: int = 0
+    joined_by_next: bool = False
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:
         """In the order of the forward."""
         return self.qkv, self.o, self.gate_up, self.down
+
+    def tiles(self, tokens: int) -> list[slice]:
+        """The rows that the MLP takes at once: all of them, unless it is computed again in tiles."""
+        size = self.scratch.mlp_tile_tokens
+        # A dropout's mask is drawn by place, and a tile would begin at the first one again.
+        if not size or self.policy is LayerPolicy.KEEP or any(g.dropout_now for g in (self.gate_up, self.down)):
+            return [slice(0, tokens)]
+        return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

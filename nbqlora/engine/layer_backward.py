@@ -12,7 +12,7 @@ import torch
 from nbqlora.engine.attention import attention_backward
 from nbqlora.engine.group import Group
 from nbqlora.engine.layer import Call, Layer, Norm, Tensors
-from nbqlora.engine.layer_forward import recompute, rotated
+from nbqlora.engine.layer_forward import input_of, recompute, recompute_mlp, rotated
 from nbqlora.engine.lora_backward import add_adapter_gradients, backward_product
 from nbqlora.kernels.glu import glu_backward
 from nbqlora.kernels.rms_norm import rms_norm_backward
@@ -32,15 +32,53 @@ def layer_backward(
         None if it was not needed; its rows may lie further apart than ``d_model``, with room for what the layer before
         puts behind them.
     """
-    own = recompute(layer, call, kept)
-    middle, at_o = _mlp_backward(layer, gradient, kept, own)
+    tiles = layer.tiles(gradient.shape[0])
+    own = recompute(layer, call, kept, mlp=len(tiles) == 1)
+    middle, at_o = _mlp_half(layer, gradient, kept, own, tiles)
     return _attention_backward(layer, middle, at_o, kept, call, need_input)
 
 
-def _mlp_backward(
-    layer: Layer, gradient: torch.Tensor, kept: Tensors, own: bool
+def _mlp_half(
+    layer: Layer, gradient: torch.Tensor, kept: Tensors, own: bool, tiles: list[slice]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Gradient of the layer's output -> of the residual between the halves, and of what attention added to it."""
+    d = gradient.shape[1]
+    direct = layer.attention_out is None and layer.residual_scale == 1.0
+    if len(tiles) == 1:
+        at_o, middle = _mlp_backward(layer, gradient, kept, own, None, direct)
+    else:
+        at_o, middle = _mlp_backward_in_tiles(layer, gradient, kept, tiles, direct)
+    if not direct:
+        _fill_branch(layer, middle, layer.attention_out, kept.pop("o", None), at_o[0][:, :d])
+    return middle, at_o
+
+
+def _mlp_backward_in_tiles(
+    layer: Layer, gradient: torch.Tensor, kept: Tensors, tiles: list[slice], direct: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """As :func:`_mlp_backward`, gate and up made again and used up tile by tile."""
+    scratch, handed = layer.scratch, layer.scratch.handed
+    at_o = layer.o.gradient_buffers(gradient)
+    middle = at_o[0][:, : gradient.shape[1]] if direct else torch.empty_like(gradient)
+    between, u_down = kept.pop("between"), kept.pop("u_down", None)
+    for rows in tiles:
+        tile: Tensors = {"between": between[rows]} | ({} if u_down is None else {"u_down": u_down[rows]})
+        recompute_mlp(layer, input_of(layer.gate_up, between[rows], layer.mlp_in), tile)
+        scratch.handed = None if handed is None else handed[rows]
+        _mlp_backward(layer, gradient[rows], tile, True, middle[rows], direct)
+    return at_o, middle
+
+
+def _mlp_backward(
+    layer: Layer, gradient: torch.Tensor, kept: Tensors, own: bool, middle: torch.Tensor | None, direct: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Gradient of the layer's output -> buffers for that of what attention added, and that of the residual between.
+
+    Args:
+        middle: where the latter goes; None where it goes into the buffers' first columns, if it is ``direct``, or into
+            a tensor that is there anyway. With it, no buffers are made.
+        direct: both are the same.
+    """
     d, scratch, seed = gradient.shape[1], layer.scratch, kept.get("seed_3")
     at_down = _branch_gradient(layer, layer.down, gradient, layer.mlp_out, kept.pop("down", None))
     hidden, v = backward_product(layer.down, at_down, scratch, seed)
@@ -57,16 +95,15 @@ def _mlp_backward(
     seed = kept.get("seed_2")
     inner, v = backward_product(layer.gate_up, gradients, scratch, seed)
     assert inner is not None
-    direct = layer.attention_out is None and layer.residual_scale == 1.0
-    at_o = layer.o.gradient_buffers(gradient)
-    out = at_o[0][:, :d] if direct else inner
+    at_o: tuple[torch.Tensor, ...] = ()
+    out = middle
+    if out is None:
+        at_o = layer.o.gradient_buffers(gradient)
+        out = at_o[0][:, :d] if direct else inner
     u = kept.pop("u_gate_up", None)
-    middle, read = _through_norm(inner, kept.pop("between"), layer.mlp_in, gradient, out=out, want_read=u is not None)
+    found, read = _through_norm(inner, kept.pop("between"), layer.mlp_in, gradient, out=out, want_read=u is not None)
     add_adapter_gradients(layer.gate_up, gradients, v, read, u, scratch, seed)
-    del read, gradients
-    if not direct:
-        _fill_branch(layer, middle, layer.attention_out, kept.pop("o", None), at_o[0][:, :d])
-    return middle, at_o
+    return at_o, found
 
 
 def _attention_backward(

@@ -6,7 +6,8 @@ and the activation are computed again in the backward, from their inputs; the fr
 keep their small products.
 
 A policy keeps less: all but gate and up, or the input alone. What is computed again stops before the down
-projection, whose result nobody asks for a second time: a quarter of a layer's matmuls.
+projection, whose result nobody asks for a second time: a quarter of a layer's matmuls. Where an MLP is computed again,
+it may run in tiles of tokens, so that gate and up exist for one tile at a time.
 """
 
 from __future__ import annotations
@@ -24,46 +25,95 @@ from nbqlora.kernels.rope import rope
 
 # What each policy drops, by the beginnings of names. The small product of the down projection always stays: it would
 # cost that projection's input again.
+ALL = ("gate_up", "u_gate_up", "down", "qkv", "u_qkv", "attention", "o", "u_o", "between")
 DROPPED = {
     LayerPolicy.KEEP: (),
     LayerPolicy.RECOMPUTE_MLP: ("gate_up", "u_gate_up", "down"),
-    LayerPolicy.RECOMPUTE: ("gate_up", "u_gate_up", "down", "qkv", "u_qkv", "attention", "o", "u_o", "between"),
+    LayerPolicy.RECOMPUTE: ALL,
+    LayerPolicy.OFFLOAD: ALL,
+    LayerPolicy.JOIN: ALL,
 }
 
 
-def layer_forward(layer: Layer, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, Tensors]:
-    """The layer's output, and what its policy keeps.
+def layer_forward(
+    layer: Layer, x: torch.Tensor, call: Call, *, seeds: Tensors | None = None
+) -> tuple[torch.Tensor, Tensors]:
+    """The layer's output, and what its policy keeps; the input among it, whatever the policy.
 
     Args:
         x: ``[tokens, d_model]``.
+        seeds: of the dropout, where the forward is run once more; drawn when None.
 
     Returns:
         ``[tokens, d_model]``, and tensors by name.
     """
-    kept: Tensors = {"x": x, **_seeds(layer, x)}
-    read = between(layer, x, attend(layer, call, kept), kept)
-    buffers = layer.gate_up.output_buffers(x)
-    gate_up(layer, read, buffers, kept)
-    del read
-    out = down_onto(layer, buffers, kept)
+    kept: Tensors = {"x": x, **(_seeds(layer, x) if seeds is None else seeds)}
+    attended = attend(layer, call, kept)
+    tiles = layer.tiles(x.shape[0])
+    if len(tiles) > 1:
+        out = _mlp_in_tiles(layer, x, attended, tiles, kept)
+    else:
+        read = between(layer, x, attended, kept)
+        del attended
+        buffers = layer.gate_up.output_buffers(x)
+        gate_up(layer, read, buffers, kept)
+        del read
+        out = down_onto(layer, buffers, kept)
     dropped = DROPPED[layer.policy]
     return out, {name: t for name, t in kept.items() if not dropped or not name.startswith(dropped)}
 
 
-def recompute(layer: Layer, call: Call, kept: Tensors) -> bool:
-    """Put back what the policy dropped; whether gate and up are new, so that they may be written over."""
+def _mlp_in_tiles(
+    layer: Layer, x: torch.Tensor, attended: torch.Tensor, tiles: list[slice], kept: Tensors
+) -> torch.Tensor:
+    """The MLP half, a tile of tokens at a time: ``[tokens, d_model]``; what the policy keeps of it is put together."""
+    out = torch.empty_like(x)
+    whole: Tensors = {}
+    for rows in tiles:
+        tile: Tensors = {}
+        read = between(layer, x[rows], attended[rows], tile)
+        buffers = layer.gate_up.output_buffers(read)
+        gate_up(layer, read, buffers, tile)
+        del read
+        down_onto(layer, buffers, tile, out=out[rows])
+        del buffers
+        for name in ("between", "u_down"):
+            if name in tile and not name.startswith(DROPPED[layer.policy]):
+                if name not in whole:
+                    whole[name] = tile[name].new_empty(x.shape[0], tile[name].shape[1])
+                whole[name][rows] = tile[name]
+    kept |= whole
+    return out
+
+
+def recompute(layer: Layer, call: Call, kept: Tensors, *, mlp: bool = True) -> bool:
+    """Put back what the policy dropped; whether gate and up are new, so that they may be written over.
+
+    Args:
+        mlp: False leaves gate and up to :func:`recompute_mlp`, tile by tile.
+    """
     if "gate_up_0" in kept:
         return False
     if "between" not in kept:
-        read = between(layer, kept["x"], attend(layer, call, kept), kept)
-    else:
-        read = input_of(layer.gate_up, kept["between"], layer.mlp_in)
+        attended = attend(layer, call, kept)
+        if not mlp:
+            kept["between"] = torch.add(kept["x"], attended, alpha=layer.residual_scale)
+            return True
+        read = between(layer, kept["x"], attended, kept)
+        del attended
+        recompute_mlp(layer, read, kept)
+    elif mlp:
+        recompute_mlp(layer, input_of(layer.gate_up, kept["between"], layer.mlp_in), kept)
+    return True
+
+
+def recompute_mlp(layer: Layer, read: torch.Tensor, kept: Tensors) -> None:
+    """Gate and up from the MLP's input, made by :func:`input_of`."""
     # With room for the small gradients: gate's and up's own gradients are written over them.
     buffers = layer.gate_up.gradient_buffers(read)
     gate_up(layer, read, buffers, kept)
     if layer.mlp_out:
         kept["down"] = down(layer, buffers, kept)
-    return True
 
 
 def attend(layer: Layer, call: Call, kept: Tensors) -> torch.Tensor:
@@ -142,15 +192,17 @@ def gate_up(layer: Layer, read: torch.Tensor, buffers: tuple[torch.Tensor, ...],
     kept |= {f"gate_up_{i}": b for i, b in enumerate(buffers)}
 
 
-def down_onto(layer: Layer, buffers: tuple[torch.Tensor, ...], kept: Tensors) -> torch.Tensor:
-    """The activation, the down projection and the residual ``[tokens, d_model]``."""
+def down_onto(
+    layer: Layer, buffers: tuple[torch.Tensor, ...], kept: Tensors, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The activation, the down projection and the residual ``[tokens, d_model]``, into ``out`` if given."""
     if layer.mlp_out:
         kept["down"] = down(layer, buffers, kept)
-        return torch.add(kept["between"], layer.mlp_out(kept["down"])[0], alpha=layer.residual_scale)
+        return torch.add(kept["between"], layer.mlp_out(kept["down"])[0], alpha=layer.residual_scale, out=out)
     active, seed = _active(layer, buffers), kept.get("seed_3")
-    out, u = project_onto(layer.down, active, kept["between"], layer.residual_scale, layer.scratch, seed)
+    found, u = project_onto(layer.down, active, kept["between"], layer.residual_scale, layer.scratch, seed, out=out)
     _keep(kept, "u_down", u)
-    return out
+    return found
 
 
 def down(layer: Layer, buffers: tuple[torch.Tensor, ...], kept: Tensors) -> torch.Tensor:

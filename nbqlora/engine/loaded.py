@@ -12,8 +12,9 @@ import torch
 from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.specs import ModelSpec
 from nbqlora.engine.fused import engine_of
-from nbqlora.engine.head import LossFunction
+from nbqlora.engine.head import LossFunction, chunked_loss, own_logits_loss
 from nbqlora.engine.micro_step import MicroStep
+from nbqlora.engine.optimize import apply_plan
 from nbqlora.engine.optimizer import make_optimizer
 
 
@@ -30,6 +31,7 @@ class LoadedModel:
         replacements: what was changed on it, and what was looked at and left.
         plan: what it was loaded for; None for a model that only talks.
         loss: of a batch, summed; None for a model that only talks.
+        captures: steps may be captured.
     """
 
     model: Any
@@ -40,6 +42,7 @@ class LoadedModel:
     replacements: tuple[Replacement, ...] = ()
     plan: Plan | None = None
     loss: LossFunction | None = None
+    captures: bool = True
     _step: MicroStep | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -77,6 +80,7 @@ class LoadedModel:
                 pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
                 autocast=partial(autocast, self),
                 device=self.device,
+                replay=self.captures,
             )
         return self._step
 
@@ -99,6 +103,27 @@ class LoadedModel:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total / count
+
+    def run_as(self, plan: Plan, *, captures: bool = True) -> None:
+        """Go on as another plan says: policies, loss chunk and MLP tiles; the model and its adapters stay.
+
+        Args:
+            captures: False launches every step kernel by kernel.
+        """
+        self.release()
+        if self.loss is not own_logits_loss:
+            self.loss = chunked_loss(plan.model.head, plan.loss_chunk_tokens)
+        apply_plan(self.model, plan)
+        self.plan, self.captures = plan, captures
+
+    def give_up_step(self) -> None:
+        """After a step that was broken off: drop what it left, and what was captured."""
+        self.release()
+        engine = engine_of(self.model)
+        if engine is not None:
+            engine.scratch.handed = engine.scratch.joined = None
+            if engine.scratch.slab is not None:
+                engine.scratch.slab.forget()
 
     def release(self) -> None:
         """Drop what was captured for training; the model stays."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nbqlora.engine.group import Group, Scratch
-from nbqlora.engine.lora_blocks import Seed, dropped, small_product, unpack_rows, weight_with_b
+from nbqlora.engine.lora_blocks import Seed, dropped, small_product, weight_with_a, weight_with_b
 from nbqlora.kernels.dropout import dropout
 
 
@@ -33,11 +33,7 @@ def backward_product(
     dx = torch.empty(first.shape[0], group.n_in, dtype=first.dtype, device=first.device)
     if group.quantized:
         below = 0 if seed is not None else group.r
-        weight = scratch.arena.take(group.n_out + below, group.n_in, first.dtype)
-        unpack_rows(group.projections, weight)
-        if below:
-            weight[group.n_out :] = scratch.stacked_copy(group.a_parameters)
-        torch.mm(first[:, : group.n_out + below], weight, out=dx)
+        torch.mm(first[:, : group.n_out + below], weight_with_a(group, below, first.dtype, scratch), out=dx)
     else:
         below = 0
         for i, (dy, p) in enumerate(zip(group.split(gradients), group.projections, strict=True)):

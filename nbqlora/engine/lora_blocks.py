@@ -65,36 +65,47 @@ def project(
 
 
 def project_onto(
-    group: Group, x: torch.Tensor, residual: torch.Tensor, alpha: float, scratch: Scratch, seed: Seed = None
+    group: Group,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    alpha: float,
+    scratch: Scratch,
+    seed: Seed = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``residual + alpha * (the output of the one projection of this group)``, and u as :func:`project` returns it.
 
     The small term and the residual are added in one pass.
+
+    Args:
+        out: ``[tokens, n_out]``, where the sum goes; allocated when None.
     """
-    (out,) = group.output_buffers(x)
-    body, (p,) = out[:, : group.n_out], group.projections
+    (product,) = group.output_buffers(x)
+    body, (p,) = product[:, : group.n_out], group.projections
     if p.lora and group.quantized and seed is None and p.bias is None:
-        u = _found_beside(group, x, out, scratch)
-        return low_rank_add(body, u, scratch.copy_of(p.lora.b), residual=residual, alpha=alpha), u
-    found = project(group, x, (out,), scratch, seed)
-    return torch.add(residual, body, alpha=alpha), found
+        u = _found_beside(group, x, product, scratch)
+        return low_rank_add(body, u, scratch.copy_of(p.lora.b), residual=residual, alpha=alpha, out=out), u
+    found = project(group, x, (product,), scratch, seed)
+    return torch.add(residual, body, alpha=alpha, out=out), found
 
 
 def _found_beside(group: Group, x: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """``x [W ; A]^T``: the output's first columns and u, scaled."""
-    weight = scratch.arena.take(group.n_out + group.r, group.n_in, x.dtype)
-    unpack_rows(group.projections, weight)
-    weight[group.n_out :] = scratch.stacked_copy(group.a_parameters)
-    torch.mm(x, weight.t(), out=out)
+    torch.mm(x, weight_with_a(group, group.r, x.dtype, scratch).t(), out=out)
     return out[:, group.n_out :] * group.scale
 
 
-def unpack_rows(projections: Sequence[Projection], weight: torch.Tensor) -> None:
-    """The projections' weights one below the other, in the first rows of ``weight``."""
+def weight_with_a(group: Group, below: int, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
+    """``[W ; A]``, the group's weights one below the other; W alone where ``below`` is 0."""
+    weight = scratch.arena.take(group.n_out + below, group.n_in, dtype)
     begin = 0
-    for p in projections:
+    for p in group.projections:
         unpack(p.weight, weight[begin : begin + p.n_out])  # type: ignore[arg-type]
         begin += p.n_out
+    if below:
+        weight[group.n_out :] = scratch.stacked_copy(group.a_parameters)
+    return weight
 
 
 def _small_input(group: Group, x: torch.Tensor, scratch: Scratch, seed: Seed) -> torch.Tensor | None:

@@ -52,6 +52,7 @@ class MicroStep:
         pad_token_id: fills batches up.
         autocast: makes the context that a forward runs in.
         capture: False for eager steps only.
+        replay: False runs batches that :attr:`fix` made eagerly too: there was no room to capture a step.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class MicroStep:
         autocast: Any,
         device: torch.device,
         capture: bool = True,
+        replay: bool = True,
     ) -> None:
-        self._model, self._loss, self._autocast = model, loss, autocast
+        self._model, self._loss, self._autocast, self._replay = model, loss, autocast, replay
         self._engine = engine_of(model)
         self.fix = partial(fixed_batch, most_tokens=most_tokens, pad_token_id=pad_token_id)
         self.eager_because = not_captured_because(self._engine, device, loss) if capture else "switched off"
@@ -86,8 +88,13 @@ class MicroStep:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured from the second one of a shape on."""
+        """Whether batches come in few shapes, and steps are captured from the second one of a shape on."""
         return self._captured is not None
+
+    @property
+    def broke_off_capture(self) -> bool:
+        """Whether the last call ended in the middle of a capture."""
+        return self._captured is not None and self._captured.capturing
 
     def __call__(self, batch: Mapping[str, Any], factor: torch.Tensor) -> torch.Tensor:
         """Add the gradients of ``factor`` times the summed loss; return the summed loss, 0-d fp32.
@@ -102,7 +109,7 @@ class MicroStep:
             if not padded_on_the_right(batch.get("attention_mask")):
                 return self._eager(batch, factor)
             batch = self.fix(batch)
-        found = self._captured.run(dict(batch), factor)
+        found = self._captured.run(dict(batch), factor) if self._replay else None
         if found is not None:
             return found
         self._engine.given = self._captured.documents(dict(batch))

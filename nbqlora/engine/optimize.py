@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nbqlora.core.plan import Plan, Replacement
+from nbqlora.core.specs import LayerPolicy
 from nbqlora.engine.adapters import FlatAdapters
 from nbqlora.engine.checkpoint import apply_policies, clear_policies, decoder_layers
 from nbqlora.engine.fused import ATTRIBUTE, Engine, engine_of
@@ -44,8 +45,15 @@ def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
     if engine is not None:
         _base(model).__dict__[ATTRIBUTE] = engine
         engine.install()
-    policies = () if plan is None else apply_policies(model, plan.layer_policies)
-    return (*made, *policies)
+    return made if plan is None else (*made, *apply_plan(model, plan))
+
+
+def apply_plan(model: Any, plan: Plan) -> tuple[Replacement, ...]:
+    """Set each layer's policy and the MLPs' tiles as the plan says, in place of what was set before."""
+    n = sum(policy is LayerPolicy.OFFLOAD for policy in plan.layer_policies)
+    slot_bytes = plan.host_bytes // n if n else 0
+    tile = plan.mlp_tile_tokens
+    return apply_policies(model, plan.layer_policies, slot_bytes=slot_bytes, mlp_tile_tokens=tile)
 
 
 def restore(model: Any) -> None:

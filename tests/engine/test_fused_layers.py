@@ -18,6 +18,8 @@ from tests.engine.test_fused_families import BATCHES, assert_same, family_model,
 from tests.tiny import load_nf4, make_model, padded_batch, save_model, with_lora
 
 KEEP, MLP, ALL = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE_MLP, LayerPolicy.RECOMPUTE
+OFFLOAD, JOIN = LayerPolicy.OFFLOAD, LayerPolicy.JOIN
+SLOT_BYTES = 1 << 20
 
 
 def fused(model: Any) -> tuple[Replacement, ...]:
@@ -32,11 +34,63 @@ def test_every_mix_of_policies_gives_the_same_bits(family: str) -> None:
     fused(model)
     batch = BATCHES["packed"]
     loss, gradients = loss_and_gradients(model, batch)
-    for mix in itertools.product((KEEP, MLP, ALL), repeat=3):
-        apply_policies(model, mix)
+    mixes = [mix for mix in itertools.product(LayerPolicy, repeat=3) if joins(mix)]
+    assert len(mixes) == 82
+    for mix in mixes:
+        apply_policies(model, mix, slot_bytes=SLOT_BYTES)
         found = loss_and_gradients(model, batch)
         assert torch.equal(found[0], loss), mix
         assert all(torch.equal(found[1][n], gradients[n]) for n in gradients), mix
+
+
+def joins(mix: tuple[LayerPolicy, ...]) -> bool:
+    """Whether each layer that joins has one before it that it can join."""
+    pairs = zip((KEEP, *mix), mix, strict=False)
+    return all(before in (ALL, OFFLOAD, JOIN) for before, policy in pairs if policy is JOIN)
+
+
+@pytest.mark.parametrize(
+    "mix", [(OFFLOAD, JOIN, JOIN), (ALL, JOIN, MLP), (OFFLOAD, OFFLOAD, OFFLOAD), (MLP, MLP, KEEP)]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "granite"])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_tiles_of_an_mlp(quantized: bool, family: str, mix: tuple[LayerPolicy, ...], tmp_path: Path) -> None:
+    if quantized:
+        model = with_lora(load_nf4(save_model(tmp_path / family, family))).train()
+    else:
+        model = family_model(family)
+    fused(model)
+    batch = BATCHES["padded"]
+    expected = loss_and_gradients(model, batch)
+    for size in (1, 7, 16, 10_000):
+        apply_policies(model, mix, slot_bytes=SLOT_BYTES, mlp_tile_tokens=size)
+        assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_with_dropout_an_mlp_is_whole_and_a_joined_layer_draws_its_mask_once() -> None:
+    model = family_model("llama", lora_dropout=0.3)
+    fused(model)
+    torch.manual_seed(3)
+    loss, gradients = loss_and_gradients(model, BATCHES["packed"])
+    apply_policies(model, (OFFLOAD, JOIN, JOIN), slot_bytes=SLOT_BYTES, mlp_tile_tokens=4)
+    torch.manual_seed(3)
+    found = loss_and_gradients(model, BATCHES["packed"])
+    assert torch.equal(found[0], loss)
+    assert all(torch.equal(found[1][n], gradients[n]) for n in gradients)
+
+
+def test_policies_that_a_model_cannot_have() -> None:
+    model = family_model("llama")
+    fused(model)
+    with pytest.raises(ValueError, match="joins the layer before it, which has to recompute, offload or join"):
+        apply_policies(model, (KEEP, JOIN, KEEP))
+    with pytest.raises(ValueError, match="joins the layer before it"):
+        apply_policies(model, (JOIN, KEEP, KEEP))
+    with pytest.raises(ValueError, match="1 layers offload their input, and slot_bytes does not say"):
+        apply_policies(model, (OFFLOAD, KEEP, KEEP))
+    apply_policies(model, (OFFLOAD, KEEP, KEEP), slot_bytes=64)
+    with pytest.raises(ValueError, match="a slot was made for 64"):
+        loss_and_gradients(model, BATCHES["packed"])
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -18,18 +18,30 @@ from nbqlora.engine.fused import engine_of
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.engine.optimize import optimize, restore
 from nbqlora.memory.arena import DequantArena
+from nbqlora.memory.workspaces import free_workspaces
 from tests import tiny
 
 pytestmark = pytest.mark.gpu
 # A loss scale of 1,024 over a thousand tokens.
 FACTOR = 1.0
 KEEP, MLP, ALL = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE_MLP, LayerPolicy.RECOMPUTE
+OFFLOAD, JOIN = LayerPolicy.OFFLOAD, LayerPolicy.JOIN
+SLOT_BYTES = 1024 * 1024 * 2
+MIXES = {
+    "keep": [KEEP] * 12,
+    "recompute_mlp": [MLP] * 12,
+    "recompute": [ALL] * 12,
+    "offload": [OFFLOAD] * 12,
+    "mixed": [OFFLOAD, JOIN, JOIN, OFFLOAD, JOIN, OFFLOAD, ALL, JOIN, ALL, MLP, KEEP, KEEP],
+}
 
 
 @pytest.fixture(autouse=True)
 def nothing_of_other_tests() -> None:
     """Models are in cycles with their layers; a peak must not count one that a test before left to the collector."""
     gc.collect()
+    torch.cuda.synchronize()
+    free_workspaces()
     torch.cuda.empty_cache()
 
 
@@ -72,10 +84,10 @@ def gradients(loaded: LoadedModel, batch: dict[str, Any]) -> tuple[float, torch.
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("make", [dense, packed])
-@pytest.mark.parametrize("policy", [KEEP, MLP, ALL])
-def test_captured_is_eager(policy: LayerPolicy, make: Any, dtype: str, medium_folder: Any) -> None:
+@pytest.mark.parametrize("mix", MIXES)
+def test_captured_is_eager(mix: str, make: Any, dtype: str, medium_folder: Any) -> None:
     loaded = loaded_model(medium_folder, dtype=dtype)
-    apply_policies(loaded.model, [policy] * 12)
+    apply_policies(loaded.model, MIXES[mix], slot_bytes=SLOT_BYTES, mlp_tile_tokens=200 if mix == "mixed" else 0)
     step = loaded.micro_step()
     assert step.captures, step.eager_because
     batches = [make(seed) for seed in (0, 1, 2)]
@@ -92,6 +104,26 @@ def test_captured_is_eager(policy: LayerPolicy, make: Any, dtype: str, medium_fo
             off = float((found[1] - gradient).norm() / gradient.norm())
             assert off < (2e-2 if dtype == "bf16" else 4e-3), off
     assert 1 <= len(captured._graphs) <= 3
+
+
+def test_every_mix_is_the_same_step_and_offload_takes_less(medium_folder: Any) -> None:
+    loaded = loaded_model(medium_folder, dtype="bf16")
+    batch, peaks, expected = dense(1), {}, None
+    for mix, policies in MIXES.items():
+        loaded.release()
+        apply_policies(loaded.model, policies, slot_bytes=SLOT_BYTES)
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            loss, gradient = gradients(loaded, batch)
+            peaks[mix] = max(peaks.get(mix, 0), torch.cuda.max_memory_allocated())
+        expected = expected or (loss, gradient)
+        assert loss == pytest.approx(expected[0], rel=1e-5), mix
+        assert (gradient - expected[1]).norm() < 1e-2 * expected[1].norm(), mix
+    slab = engine_of(loaded.model).scratch.slab
+    assert slab.pinned and slab.n_bytes == 3 * SLOT_BYTES
+    one_input = 2 * 384 * 1024 * 2
+    assert peaks["offload"] <= peaks["recompute"] - 9 * one_input
+    assert peaks["recompute"] < peaks["recompute_mlp"] < peaks["keep"]
 
 
 def test_captured_accumulates_and_matches_transformers(medium_folder: Any) -> None:
@@ -176,6 +208,7 @@ def test_two_models_two_streams_and_an_exception_leave_each_weight_its_own(mediu
         assert float(loss) == pytest.approx(value, rel=1e-4)
         assert (found - gradient).norm() < 2e-2 * gradient.norm()
         assert engine_of(loaded.model).scratch.arena.held_bytes == 2 * engine_of(loaded.model).scratch.arena.n_bytes
+        assert loaded._step is None  # nothing was captured, so there is one buffer for each of two streams
 
 
 def test_the_arena_keeps_a_buffer_a_stream() -> None:
