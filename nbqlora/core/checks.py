@@ -126,8 +126,8 @@ def table(value: Any) -> str:
 
 
 def layer_policies(value: Any) -> str:
-    """``auto``, ``none``, ``full``, true, false, or layers by policy."""
-    if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", "none", "full")):
+    """``auto``, ``none``, ``full``, ``offload``, true, false, or layers by policy."""
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", "none", "full", "offload")):
         return ""
     if isinstance(value, Mapping) and value:
         known = [policy.value for policy in LayerPolicy]
@@ -135,4 +135,4 @@ def layer_policies(value: Any) -> str:
         if unknown:
             return f"expected layers by policy ({', '.join(known)}), got {unknown[0]}"
         return next((m for m in map(integer(at_least=0), value.values()) if m), "")
-    return f'expected "auto", "none", "full" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'
+    return f'expected "auto", "none", "full", "offload" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'

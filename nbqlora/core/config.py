@@ -34,6 +34,8 @@ class FinetuneConfig:
         eval_data: the same for evaluation; None for none (the demo data brings its own).
         dtype: arithmetic: ``auto`` is bf16 from capability 8.0, fp16 below, fp32 on a CPU.
         vram_gib: the most that the run may allocate on the card (process RAM on a CPU); None = all that is free.
+        ram_gib: the most host memory that inputs of layers may take which are offloaded from a card; 0 = none,
+            None = half of what is free, with 3 GiB left.
         effective_batch_size: rows, or packs, per optimizer step; the plan splits it into device batch and
             accumulation.
         max_minutes: stop, save and end after this long; None for no limit.
@@ -42,8 +44,9 @@ class FinetuneConfig:
             True: packs, or an error; False: rows as they are, laid end to end.
         padding_free: False pads rows to the longest of their micro-batch; None and True lay them end to end.
         chat_template_path: a Jinja file, or ``"plain"``, for a tokenizer that has no chat template.
-        gradient_checkpointing: ``"auto"`` (the plan's mix), ``"none"``/False, ``"full"``/True, or a table
-            ``{keep = 22, recompute_mlp = 6, recompute = 4}`` of layers; what is left out of it is the rest.
+        gradient_checkpointing: ``"auto"`` (the plan's mix), ``"none"``/False, ``"full"``/True, ``"offload"``, or a
+            table ``{keep = 22, recompute_mlp = 6, recompute = 4}`` of layers, which also takes ``offload`` and
+            ``join``; what is left out of it is the rest.
         trl, peft: further fields of SFTConfig and LoraConfig.
     """
 
@@ -55,6 +58,7 @@ class FinetuneConfig:
     load_in_4bit: bool = _leaf(c.boolean, True)
     trust_remote_code: bool = _leaf(c.boolean, False)
     vram_gib: float | None = _leaf(c.optional(c.number(above=0)), None)
+    ram_gib: float | None = _leaf(c.optional(c.number(at_least=0)), None)
     max_minutes: float | None = _leaf(c.optional(c.number(above=0)), None)
     save_minutes: float = _leaf(c.number(at_least=0), 5.0)
     effective_batch_size: int | None = _leaf(c.optional(c.integer(at_least=1)), None)

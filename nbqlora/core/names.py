@@ -19,7 +19,7 @@ ALIASES = {
     "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "micro_batch_size": "per_device_train_batch_size", "model_name": "model",
     "num_epochs": "num_train_epochs", "optimizer": "optim", "r": "lora_r", "rank": "lora_r",
-    "random_state": "seed", "sequence_len": "max_length", "steps": "max_steps", "train_data": "data",
+    "ram": "ram_gib", "random_state": "seed", "sequence_len": "max_length", "steps": "max_steps", "train_data": "data",
     "train_dataset": "data", "vram": "vram_gib", "warmup": "warmup_ratio",
 }  # fmt: skip
 

@@ -44,6 +44,8 @@ class Plan(Displayed):
         step_seconds: forecast of one optimizer step; None without a measured rate.
         total_steps: optimizer steps of the whole run.
         loss_chunk_tokens: supervised tokens that the head loss handles at once.
+        mlp_tile_tokens: tokens that an MLP which is computed again handles at once; 0 for all of a micro-batch.
+        host_bytes: pinned host memory for the inputs of layers that offload.
         disk_bytes: of the adapter.
         saving: what keeping the result takes; None where nobody asked.
         unknowns: what the plan does not know, said rather than guessed.
@@ -65,6 +67,8 @@ class Plan(Displayed):
     budget: MemoryBudget
     output_dir: str
     disk_bytes: int
+    mlp_tile_tokens: int = 0
+    host_bytes: int = 0
     saving: SavingNeeds | None = None
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()

@@ -110,6 +110,7 @@ def _spec(name: str, location: str, config: Any, model: Any, quantized: bool) ->
         linear_shapes=shapes,
         head=_head(config, head),
         quantized=quantized,
+        mlp_alone=layers is not None and all(isinstance(getattr(x, "mlp", None), torch.nn.Module) for x in layers),
         max_positions=getattr(config, "max_position_embeddings", None),
         download_bytes=None if Path(location).is_dir() else download_bytes(location),
     )

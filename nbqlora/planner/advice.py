@@ -5,30 +5,40 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.specs import DataStats, DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
-from nbqlora.planner.estimate import budget
+from nbqlora.planner.estimate import memory_of
+from nbqlora.planner.limits import Limits, limits_of
+from nbqlora.planner.mix import Mix
+from nbqlora.planner.quickest import leanest
+from nbqlora.planner.reasons import in_words
 from nbqlora.planner.search import candidates, longest_row
 
 LENGTH_STEP = 64
 
 
 def does_not_fit(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limit: int
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limits: Limits
 ) -> str:
     """The error's text."""
-    least = _leanest(config, model, device, data, dtype)
+    least, limit = _leanest(config, model, device, data, dtype), limits.device_bytes
+    change = "  " + _smallest_change(config, model, device, data, dtype, limit)
+    if least.budget.total_bytes <= limit:
+        n, needed = least.mix.offload, format_bytes(least.host_bytes)
+        inputs = f"the inputs of {n} layers need {needed} of host memory, and {format_bytes(limits.host_bytes)} may be"
+        return f"{inputs} taken (ram_gib)\n{change}"
     parts = least.budget.by_category
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     lines = [
         f"{model.name} needs {format_bytes(least.budget.total_bytes)} and {device.name} has "
         f"{format_bytes(limit)} usable",
         "  most of it: " + ", ".join(f"{c.label} {format_bytes(n)}" for c, n in largest),
-        "  " + _smallest_change(config, model, device, data, dtype, limit),
+        change,
     ]
     if config.vram_gib is not None and limit == int(config.vram_gib * GIB):
         lines.append(f"  vram_gib = {config.vram_gib:g} is your own limit")
@@ -36,7 +46,10 @@ def does_not_fit(
 
 
 def _leanest(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> Candidate:
-    return min(candidates(config, model, device, data, dtype, limit=0), key=lambda x: x.budget.total_bytes)
+    """What takes the least of the card; of what is pinned, whatever it takes of the host."""
+    nothing = replace(limits_of(config, device), device_bytes=0)
+    found = candidates(config, model, device, data, dtype, nothing)
+    return min(found, key=lambda x: x.budget.total_bytes)
 
 
 def _smallest_change(
@@ -44,36 +57,45 @@ def _smallest_change(
 ) -> str:
     free = config
     for words, free in _unpinned(config, model):
-        if _leanest(free, model, device, data, dtype).budget.total_bytes <= limit:
+        least = _leanest(free, model, device, data, dtype)
+        if replace(limits_of(free, device), device_bytes=limit).fit(least):
             return f"it fits when you {words}"
-    tokens = _longest_that_fits(free, model, device, data, dtype, limit)
+    free = replace(free, ram_gib=config.ram_gib)
+    tokens, mix = longest_that_fits(free, model, device, data, dtype, limit)
     if tokens:
-        one = ", one row at a time," if config.per_device_train_batch_size or config.gradient_accumulation_steps else ""
-        return f"it fits with max_length = {tokens}{one} and all layers recomputed"
-    least = _leanest(free, model, device, data, dtype).budget.by_category
+        one = ", one row at a time" if config.per_device_train_batch_size or config.gradient_accumulation_steps else ""
+        return f"it fits with max_length = {tokens}{one} ({in_words(mix)})"
+    leanest_parts = _leanest(free, model, device, data, dtype).budget.by_category
     m = MemoryCategory
-    fixed = sum(n for category, n in least.items() if category not in (m.ACTIVATIONS, m.LOSS))
+    fixed = sum(n for category, n in leanest_parts.items() if category not in (m.ACTIVATIONS, m.LOSS))
     return f"no max_length fits: {format_bytes(fixed)} are needed before the first token; a smaller model does"
 
 
 def _unpinned(config: FinetuneConfig, model: ModelSpec) -> Iterator[tuple[str, FinetuneConfig]]:
-    """Less and less pinned: what to write, and the config that it makes."""
-    words = []
-    if config.gradient_checkpointing not in ("auto", "full", True):
-        config = replace(config, gradient_checkpointing="auto")
-        words.append('write gradient_checkpointing = "auto"')
-        yield " and ".join(words), config
+    """Less and less pinned: what to write, and the config that it makes. Each change alone, then several."""
+    changes = list(_changes(config, model))
+    for words, change in changes:
+        yield words, replace(config, **change)
+    for n in range(2, len(changes) + 1):
+        together: dict[str, Any] = {}
+        for _, change in changes[:n]:
+            together |= change
+        yield " and ".join(words for words, _ in changes[:n]), replace(config, **together)
+
+
+def _changes(config: FinetuneConfig, model: ModelSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What may be written differently, the smallest change first."""
+    if config.gradient_checkpointing != "auto":
+        yield 'write gradient_checkpointing = "auto"', {"gradient_checkpointing": "auto"}
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if batch or accumulation:
         rows = batch * accumulation if batch and accumulation else config.effective_batch_size
-        config = replace(
-            config, per_device_train_batch_size=None, gradient_accumulation_steps=None, effective_batch_size=rows
-        )
-        words.append(_less_pinned(rows, bool(batch), bool(accumulation)))
-        yield " and ".join(words), config
+        free = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "effective_batch_size": rows}
+        yield _less_pinned(rows, bool(batch), bool(accumulation)), free
+    if config.ram_gib is not None:
+        yield "leave out ram_gib", {"ram_gib": None}
     if not (config.load_in_4bit or model.quantized):
-        words.append("write load_in_4bit = true")
-        yield " and ".join(words), replace(config, load_in_4bit=True)
+        yield "write load_in_4bit = true", {"load_in_4bit": True}
 
 
 def _less_pinned(rows: int | None, batch: bool, accumulation: bool) -> str:
@@ -82,15 +104,22 @@ def _less_pinned(rows: int | None, batch: bool, accumulation: bool) -> str:
     return f"leave out {'per_device_train_batch_size' if batch else 'gradient_accumulation_steps'}"
 
 
-def _longest_that_fits(
+def longest_that_fits(
     config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limit: int
-) -> int:
-    """The longest row, in steps of 64 tokens, that one row a micro-batch could have; 0 when none fits."""
+) -> tuple[int, Mix]:
+    """The longest row, in steps of 64 tokens, that one row a micro-batch could have, and its layers; 0 for none.
 
-    def needed(n: int) -> int:
+    Args:
+        limit: bytes of the device that a run may take.
+    """
+    limits = limits_of(config, device)
+
+    def least(n: int) -> tuple[int, Mix]:
         batch = MicroBatch(rows=1, row_tokens=n, supervised_tokens=n, layout=data.layout)
-        return budget(config, model, device, dtype, batch, 0).total_bytes
+        memory = memory_of(config, model, device, dtype, batch)
+        mix = leanest(memory, model.n_layers, limits)
+        return memory.total_bytes(mix), mix
 
     lengths = range(LENGTH_STEP, longest_row(config, data), LENGTH_STEP)
-    found = bisect_right(lengths, limit, key=needed)
-    return lengths[found - 1] if found else 0
+    found = bisect_right(lengths, limit, key=lambda n: least(n)[0])
+    return (lengths[found - 1], least(lengths[found - 1])[1]) if found else (0, Mix())

@@ -5,38 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbqlora.core.plan import MemoryBudget
-from nbqlora.core.specs import LayerPolicy
+from nbqlora.planner.estimate import Memory
+from nbqlora.planner.mix import Mix
+from nbqlora.planner.pace import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run: a device batch, an accumulation, and how many layers keep what.
+    """One way to run: a device batch, an accumulation, and what the layers keep.
 
     Args:
+        memory, pace: what other mixes of the same batch would cost.
         twice: layers that are computed twice, as :meth:`Pace.twice` counts them.
+        host_bytes: host memory for inputs that are offloaded.
         loss_chunk_tokens: supervised tokens whose logits exist at once.
     """
 
     micro_batch_size: int
     accumulation: int
-    n_keep: int
-    n_recompute_mlp: int
-    n_layers: int
+    mix: Mix
+    memory: Memory
+    pace: Pace
     twice: float
     budget: MemoryBudget
+    host_bytes: int
     step_seconds: float | None
     loss_chunk_tokens: int
-
-    @property
-    def n_recompute(self) -> int:
-        """Layers that keep their input alone."""
-        return self.n_layers - self.n_keep - self.n_recompute_mlp
-
-    @property
-    def policies(self) -> tuple[LayerPolicy, ...]:
-        """What keeps the most stands last: the backward frees it before it recomputes the first layers."""
-        return (
-            (LayerPolicy.RECOMPUTE,) * self.n_recompute
-            + (LayerPolicy.RECOMPUTE_MLP,) * self.n_recompute_mlp
-            + (LayerPolicy.KEEP,) * self.n_keep
-        )

@@ -12,6 +12,7 @@ from nbqlora.core.specs import DeviceSpec, ModelSpec
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.fused import fused_family
 from nbqlora.planner.fused_memory import FusedMemory, fused_memory
+from nbqlora.planner.mix import Mix
 from nbqlora.planner.pace import Load, Pace, fused_pace, stock_pace
 from nbqlora.planner.standing import DTYPE_BYTES, quantized
 from nbqlora.planner.stock import StockMemory
@@ -20,7 +21,7 @@ Memory = FusedMemory | StockMemory
 
 
 def memory_of(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, dtype: str, batch: MicroBatch) -> Memory:
-    """What a micro-batch takes, for any number of layers by policy."""
+    """What a micro-batch takes, for any mix of layers."""
     family = fused_family(model, config)
     if family is None:
         return StockMemory(config=config, model=model, device=device, batch=batch, c=DTYPE_BYTES[dtype])
@@ -28,16 +29,10 @@ def memory_of(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, dtyp
 
 
 def budget(
-    config: FinetuneConfig,
-    model: ModelSpec,
-    device: DeviceSpec,
-    dtype: str,
-    batch: MicroBatch,
-    n_keep: int,
-    n_recompute_mlp: int = 0,
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, dtype: str, batch: MicroBatch, mix: Mix
 ) -> MemoryBudget:
-    """Predicted bytes at the peak; the other layers keep their input alone."""
-    return memory_of(config, model, device, dtype, batch).budget(n_keep, n_recompute_mlp)
+    """Predicted bytes at the peak."""
+    return memory_of(config, model, device, dtype, batch).budget(mix)
 
 
 def pace_of(
@@ -50,5 +45,5 @@ def pace_of(
     """
     family = fused_family(model, config)
     if family is None:
-        return stock_pace(model, device, load)
+        return stock_pace(model, device, dtype, load)
     return fused_pace(family, model, device, dtype, load, quantized=quantized(model, config), dense=dense)

@@ -1,4 +1,4 @@
-"""Why each number of a plan is this one, what the runner-up would cost, and what is not known."""
+"""Why each number of a plan is this one, what the runner-up would cost, and how it will run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Decision
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
+from nbqlora.planner import reasons
 from nbqlora.planner.attention import choose_kernel
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.fused import fused_family, not_captured_because
+from nbqlora.planner.limits import HOST_RESERVE_BYTES, Limits
 from nbqlora.planner.standing import FRAGMENTATION_BYTES
 
 
@@ -23,20 +25,25 @@ def decisions(
     dtype: str,
     ranked: Sequence[Candidate],
     best: Candidate,
-    limit: int,
+    limits: Limits,
 ) -> tuple[Decision, ...]:
     """One row for each thing that was decided."""
+    split = f"{reasons.rows(best.micro_batch_size, data)}, accumulation {best.accumulation}"
+    why_layers = reasons.layers(config, best, limits)
     return (
         Decision(name="dtype", value=dtype, because=_why_dtype(config, device)),
         Decision(name="packing", value=_layout(config, data), because=data.layout_because),
-        Decision(
-            name="batch",
-            value=f"{_rows(best.micro_batch_size, data)}, accumulation {best.accumulation}",
-            because=_why_batch(config, data, ranked, best, limit),
-        ),
-        Decision(name="layers", value=_layers(best), because=_why_layers(config, ranked, best, limit)),
+        Decision(name="batch", value=split, because=reasons.batch(config, data, ranked, best, limits)),
+        Decision(name="layers", value=reasons.in_words(best.mix), because=why_layers),
+        *_tiles(config, best, limits),
+        *_host(config, device, best, limits),
         *_how_it_runs(config, model, device, data, dtype, best),
-        Decision(name="memory", value=f"{format_bytes(limit)} usable", because=_why_limit(config, device, limit)),
+        Decision(name="loss", value=f"{best.loss_chunk_tokens} tokens at once", because=reasons.chunk(best)),
+        Decision(
+            name="memory",
+            value=f"{format_bytes(limits.device_bytes)} usable",
+            because=_why_limit(config, device, limits.device_bytes),
+        ),
     )
 
 
@@ -47,18 +54,32 @@ def _layout(config: FinetuneConfig, data: DataStats) -> str:
     return "off: rows end to end" if data.layout is BatchLayout.JOINED else "off: rows padded to the longest"
 
 
-def _rows(count: int, data: DataStats) -> str:
-    word = "pack" if data.layout is BatchLayout.PACKED else "row"
-    return f"{count} {word}{'s' if count != 1 else ''} at once"
+def _tiles(config: FinetuneConfig, best: Candidate, limits: Limits) -> list[Decision]:
+    """MLPs in tiles, or why not where nothing else of a layer is kept."""
+    if best.mix.tile_tokens:
+        value = f"{best.mix.tile_tokens} tokens at once"
+        return [Decision(name="MLP", value=value, because=reasons.tiles(best, limits))]
+    if best.memory.joins and config.lora_dropout and not best.mix.keep:
+        return [Decision(name="MLP", value="whole", because="lora_dropout draws by place, which tiles would change")]
+    return []
 
 
-def _layers(candidate: Candidate) -> str:
-    counts = (
-        (candidate.n_keep, "keep"),
-        (candidate.n_recompute_mlp, "recompute MLP"),
-        (candidate.n_recompute, "recompute"),
-    )
-    return " · ".join(f"{n} {what}" for n, what in counts if n)
+def _host(config: FinetuneConfig, device: DeviceSpec, best: Candidate, limits: Limits) -> list[Decision]:
+    """What of the host's memory is taken, and how much might be."""
+    if not best.mix.offload:
+        return []
+    each = format_bytes(best.memory.input_bytes)
+    what = f"{best.mix.offload} input{'s' if best.mix.offload > 1 else ''} of {each}"
+    free = format_bytes(device.host_free_bytes)
+    if device.kind == "cpu":
+        most = "the process's own, counted in the peak"
+    elif config.ram_gib is not None:
+        most = f"ram_gib allows {format_bytes(limits.host_bytes)}"
+    elif limits.host_bytes == device.host_free_bytes // 2:
+        most = f"up to half of the {free} that are free"
+    else:
+        most = f"up to {format_bytes(limits.host_bytes)}: {free} are free, {format_bytes(HOST_RESERVE_BYTES)} stay so"
+    return [Decision(name="host RAM", value=format_bytes(best.host_bytes), because=f"{what}; {most}")]
 
 
 def _how_it_runs(
@@ -85,47 +106,6 @@ def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
     return "this card has bf16" if device.has_bf16 else "this card has no bf16"
 
 
-def _why_batch(
-    config: FinetuneConfig, data: DataStats, ranked: Sequence[Candidate], best: Candidate, limit: int
-) -> str:
-    if config.per_device_train_batch_size or config.gradient_accumulation_steps:
-        return "pinned"
-    larger = [x for x in ranked if x.micro_batch_size > best.micro_batch_size]
-    if not larger:
-        return f"all {best.micro_batch_size} of a step at once, the fewest passes"
-    nearest = min(larger, key=lambda x: (x.micro_batch_size, x.budget.total_bytes))
-    rows = _rows(nearest.micro_batch_size, data)
-    if nearest.budget.total_bytes > limit:
-        recomputed = " even with all layers recomputed" if nearest.n_recompute == nearest.n_layers else ""
-        return f"{rows} would need {format_bytes(nearest.budget.total_bytes)}{recomputed}"
-    fitting = [x for x in larger if x.micro_batch_size == nearest.micro_batch_size and x.budget.total_bytes <= limit]
-    quickest = min(fitting, key=lambda x: (x.step_seconds or 0.0, x.twice))
-    return f"{rows} would {_slower(quickest, best)}"
-
-
-def _slower(other: Candidate, best: Candidate) -> str:
-    extra = best.n_keep - other.n_keep
-    words = [f"recompute {extra} more layers"] if extra > 0 else []
-    if other.step_seconds and best.step_seconds:
-        percent = (other.step_seconds / best.step_seconds - 1) * 100
-        words += [f"{'' if words else 'be '}{percent:.0f} % slower"] if percent >= 0.5 else []
-    return ": ".join(words) or "not be faster"
-
-
-def _why_layers(config: FinetuneConfig, ranked: Sequence[Candidate], best: Candidate, limit: int) -> str:
-    if config.gradient_checkpointing != "auto":
-        return "pinned by gradient_checkpointing"
-    if best.n_keep == best.n_layers:
-        return "everything fits, so nothing is computed twice"
-    more = [
-        x.budget.total_bytes
-        for x in ranked
-        if x.micro_batch_size == best.micro_batch_size and x.n_keep == best.n_keep + 1
-    ]
-    over = format_bytes(min(more) - limit) if more else "no room"
-    return f"one more layer kept would be {over} over"
-
-
 def _why_limit(config: FinetuneConfig, device: DeviceSpec, limit: int) -> str:
     if config.vram_gib is not None:
         cut = limit < int(config.vram_gib * GIB)
@@ -134,49 +114,3 @@ def _why_limit(config: FinetuneConfig, device: DeviceSpec, limit: int) -> str:
         return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve"
     context = f"context {format_bytes(device.context_bytes)}, " if device.context_bytes else ""
     return f"{context}reserve {format_bytes(FRAGMENTATION_BYTES)} for fragmentation"
-
-
-# Fewer optimizer steps than this rarely teach anything.
-FEW_STEPS = 4
-
-
-def notes(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, steps: int
-) -> list[str]:
-    """What a person should know before it starts."""
-    found = list(device.notes)
-    if steps < FEW_STEPS and config.max_steps < 0:
-        kind = "pack" if data.layout is BatchLayout.PACKED else "row"
-        what = f"{_counted(steps, 'optimizer step')} for {_counted(data.n_sequences, kind)}"
-        found.append(f"only {what}; a smaller effective_batch_size learns more often")
-    if data.n_truncated:
-        found.append(f"{data.n_truncated} of {data.n_rows} rows are cut at max_length = {config.max_length}")
-    found += [f"{n} rows left out: {reason}" for reason, n in data.n_skipped.items()]
-    if model.max_positions and config.max_length > model.max_positions:
-        found.append(f"max_length {config.max_length} is beyond the model's {model.max_positions} positions")
-    if dtype == "bf16" and device.kind == "cpu":
-        found.append("bf16 on a CPU without matrix units can be 20 times slower than fp32")
-    if dtype == "bf16" and device.kind == "cuda" and not device.has_bf16:
-        found.append('this card emulates bf16, slowly; dtype = "fp16" is native')
-    if not device.rooms and model.download_bytes and model.download_bytes > device.disk_free_bytes:
-        found.append(
-            f"the download is {format_bytes(model.download_bytes)}, "
-            f"the disk has {format_bytes(device.disk_free_bytes)} free"
-        )
-    return found
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}{'s' if n != 1 else ''}"
-
-
-def unknowns(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec) -> tuple[str, ...]:
-    """What the plan does not know, said rather than guessed."""
-    found = []
-    if device.kind == "cpu":
-        found.append("what the C library keeps of freed memory: the process can hold more than the peak says")
-    if device.kind == "cuda" and fused_family(model, config) is None:
-        found.append("which attention kernel runs: counted as one that keeps expanded keys and values")
-    if len(set(model.linear_shapes)) == 0:
-        found.append("this model's layers: their linears were not found")
-    return tuple(found)

@@ -27,11 +27,15 @@ GROUPS = {
     "gate_up": ("gate_up_proj", "gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-# What each policy drops, by the beginnings of names, as the engine drops it.
+# What each policy drops, by the beginnings of names, as the engine drops it. The input is no part of it: a layer that
+# offloads or joins gives it away afterwards.
+_ALL = ("gate_up", "u_gate_up", "down", "qkv", "u_qkv", "attention", "o", "u_o", "between")
 DROPPED: Mapping[LayerPolicy, tuple[str, ...]] = {
     LayerPolicy.KEEP: (),
     LayerPolicy.RECOMPUTE_MLP: ("gate_up", "u_gate_up", "down"),
-    LayerPolicy.RECOMPUTE: ("gate_up", "u_gate_up", "down", "qkv", "u_qkv", "attention", "o", "u_o", "between"),
+    LayerPolicy.RECOMPUTE: _ALL,
+    LayerPolicy.OFFLOAD: _ALL,
+    LayerPolicy.JOIN: _ALL,
 }
 # Settings of LoRA that no fused layer has.
 _NOT_FUSED = ("use_dora", "lora_bias")
@@ -135,13 +139,18 @@ class FusedLayer:
         return {**{name: self.rows(n) for name, n in widths.items()}, "attention_0": self.attended.saved_bytes}
 
     def kept(self, policy: LayerPolicy) -> dict[str, int]:
-        """What a policy keeps of them."""
+        """What a forward keeps of them by its policy, the input among it."""
         dropped = DROPPED[policy]
         return {n: size for n, size in self.tensors.items() if not dropped or not n.startswith(dropped)}
 
     def kept_bytes(self, policy: LayerPolicy) -> int:
-        """Bytes that it keeps between forward and backward."""
+        """Bytes of that."""
         return sum(self.kept(policy).values())
+
+    def stored_bytes(self, policy: LayerPolicy) -> int:
+        """Bytes on the card between forward and backward: without an input that is offloaded or not stored."""
+        away = self.tensors["x"] if policy in (LayerPolicy.OFFLOAD, LayerPolicy.JOIN) else 0
+        return self.kept_bytes(policy) - away
 
     @property
     def arena_bytes(self) -> int:

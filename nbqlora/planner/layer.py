@@ -7,6 +7,8 @@ autograd really saves, family by family.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,6 +53,8 @@ class Layout:
 
 
 LLAMA = Layout()
+# How the names of attention's linears begin, in the families of transformers.
+_ATTENTION = ("q_", "k_", "v_", "o_", "qkv", "query", "key", "value", "out_proj", "c_attn", "W_pack", "attn")
 LAYOUTS = {
     "gemma2": Layout(norms=4, eager=True),
     "gemma3_text": Layout(norms=4, qk_norms=True),
@@ -123,3 +127,27 @@ def _attention(model: ModelSpec, c: int, layout: Layout, row_tokens: int, how: A
     if how is Attention.MASKED:
         return 4 * width * c + 4 * model.n_heads + row_tokens * c
     return 2 * (width + model.n_kv_heads * model.head_dim) * c + 4 * model.n_heads
+
+
+def mlp_params(model: ModelSpec) -> int:
+    """Weights of one layer's MLP."""
+    return sum(math.prod(shape) for shape in mlp_shapes(model).values())
+
+
+def mlp_shapes(model: ModelSpec) -> Mapping[str, tuple[int, int]]:
+    """The linears of a layer's MLP: those that attention does not have by name."""
+    return {n: s for n, s in model.linear_shapes.items() if n != "dense" and not n.startswith(_ATTENTION)}
+
+
+def mlp_bytes(model: ModelSpec, dtype_bytes: int, lora_r: int, *, dropout: bool = False, on_cpu: bool = False) -> int:
+    """Bytes a token of :func:`layer_bytes` that only the MLP's linears and activation save.
+
+    A layer that computes its MLP again keeps the MLP's input in place of these; where adapters share it, it is there
+    already.
+    """
+    c, shapes, f = dtype_bytes, mlp_shapes(model), model.d_ff
+    inner = 3 * f * c + len(shapes) * lora_r * c
+    each = sum(k for _, k in shapes.values())
+    if dropout:
+        return inner + each * (c + (4 if on_cpu else 1)) - model.d_model * c
+    return inner + (each - model.d_model if on_cpu and c < 4 else f) * c

@@ -45,11 +45,14 @@ def dropout(layer: FusedLayer, width: int) -> int:
 
 
 def rope(layer: FusedLayer) -> int:
-    """Of rotating q and then k: two halves and their products, or the result; q's is still there while k's is made."""
+    """Of rotating q and then k: two halves and their products, or the result; q's is still there while k's is made.
+
+    In half precision cosines and sines are copied too.
+    """
     q, kv = layer.q, layer.attended.kv
     if layer.c == 4:
         return _fp32(layer, max(2 * q, q + 2 * kv), 1)
-    return _fp32(layer, max(3 * q, 2 * q + kv, q + 3 * kv), 1)
+    return _fp32(layer, max(3 * q, 2 * q + kv, q + 3 * kv) + 2 * layer.attended.head_dim, 1)
 
 
 def _activation(layer: FusedLayer) -> int:

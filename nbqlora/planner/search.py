@@ -1,103 +1,30 @@
-"""The ways to run that are worth a look: splits of a step into micro-batches, and how many layers keep what.
+"""The ways to run that are worth a look: the splits of a step into micro-batches, each with its quickest mix of layers.
 
-Not all pairs of numbers of layers: with a limit of memory the quickest of a split is found by arithmetic, since every
-layer that recomputes more takes less memory and more time.
+What a mix of layers costs, and what it takes, is in ``quickest``; here a step is split, and the splits are compared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from nbqlora.core.config import DEFAULT_EFFECTIVE_BATCH_SIZE, FinetuneConfig
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.planner.asked import layers_asked
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
-from nbqlora.planner.estimate import Memory, memory_of, pace_of
+from nbqlora.planner.estimate import memory_of, pace_of
 from nbqlora.planner.fused import fused_family, not_captured_because
-from nbqlora.planner.pace import Load, Pace
-
-# How many layers keep everything, and how many all but their MLP's.
-Layers = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a step into micro-batches, with what it costs."""
-
-    rows: int
-    accumulation: int
-    n_layers: int
-    memory: Memory
-    pace: Pace
-
-    def candidate(self, n_keep: int, n_recompute_mlp: int) -> Candidate:
-        """With these layers."""
-        n_recompute = self.n_layers - n_keep - n_recompute_mlp
-        return Candidate(
-            micro_batch_size=self.rows,
-            accumulation=self.accumulation,
-            n_keep=n_keep,
-            n_recompute_mlp=n_recompute_mlp,
-            n_layers=self.n_layers,
-            twice=self.pace.twice(n_recompute, n_recompute_mlp),
-            budget=self.memory.budget(n_keep, n_recompute_mlp),
-            step_seconds=self.pace.seconds(n_recompute, n_recompute_mlp) if self.pace.measured else None,
-            loss_chunk_tokens=self.memory.loss_chunk_tokens(n_keep, n_recompute_mlp),
-        )
-
-    def worth_a_look(self, limit: int) -> list[Layers]:
-        """The quickest that fits, what one more kept layer would be, and the leanest."""
-        found: list[Layers] = [(0, 0)]
-        best = self._quickest(limit)
-        if best is not None:
-            keep, mlp = best
-            more = [(keep + 1, mlp - 1)] if mlp else []
-            more += [(keep + 1, mlp)] if keep + mlp < self.n_layers else []
-            found += [best, *sorted(more, key=lambda layers: self.memory.total_bytes(*layers))[:1]]
-        return list(dict.fromkeys(found))
-
-    def _quickest(self, limit: int) -> Layers | None:
-        """For each number of layers that are recomputed, as few MLPs as it takes; of these the quickest."""
-        best: tuple[tuple[float, float], Layers] | None = None
-        for n_recompute in range(self.n_layers + 1):
-            if best is not None and self._slowness(n_recompute, 0) > best[0]:
-                break
-            mlp = self._fewest(n_recompute, limit)
-            if mlp is not None:
-                slowness = self._slowness(n_recompute, mlp)
-                if best is None or slowness < best[0]:
-                    best = slowness, (self.n_layers - n_recompute - mlp, mlp)
-        return None if best is None else best[1]
-
-    def _slowness(self, n_recompute: int, n_recompute_mlp: int) -> tuple[float, float]:
-        seconds = self.pace.seconds(n_recompute, n_recompute_mlp) if self.pace.measured else 0.0
-        return round(seconds, 4), self.pace.twice(n_recompute, n_recompute_mlp)
-
-    def _fewest(self, n_recompute: int, limit: int) -> int | None:
-        """The fewest MLPs to recompute beside ``n_recompute`` layers so that it fits; None where all are too few."""
-        most = self.n_layers - n_recompute
-
-        def fits(mlp: int) -> bool:
-            return self.memory.total_bytes(most - mlp, mlp) <= limit
-
-        if fits(0):
-            return 0
-        if not fits(most):
-            return None
-        low, high = 0, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return high
+from nbqlora.planner.limits import Limits
+from nbqlora.planner.mix import Mix, all_kept
+from nbqlora.planner.pace import Load
+from nbqlora.planner.quickest import Split
 
 
 def candidates(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limit: int
+    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limits: Limits
 ) -> list[Candidate]:
-    """The ways to run that are worth a look, whether they fit into ``limit`` bytes or not, the best first.
+    """The ways to run that are worth a look, whether they fit into the limits or not, the best first.
 
     Raises:
         ConfigError: ``gradient_checkpointing`` names other layers than the model has.
@@ -105,7 +32,7 @@ def candidates(
     found = []
     for rows, accumulation in splits(config, data):
         split = split_of(config, model, device, data, dtype, rows, accumulation)
-        found += [split.candidate(*layers) for layers in _layers(config, model, split, limit)]
+        found += [split.candidate(mix) for mix in _mixes(config, model, split, limits)]
     return sorted(found, key=_rank)
 
 
@@ -151,11 +78,11 @@ def split_of(
     tokens = batch.mean_tokens(typical, captured=not not_captured_because(family, model, device, dtype))
     load = Load(tokens=tokens, attended=attended, supervised_share=share, accumulation=accumulation)
     return Split(
-        rows,
-        accumulation,
-        model.n_layers,
-        memory_of(config, model, device, dtype, batch),
-        pace_of(config, model, device, dtype, load, dense=batch.dense),
+        rows=rows,
+        accumulation=accumulation,
+        n_layers=model.n_layers,
+        memory=memory_of(config, model, device, dtype, batch),
+        pace=pace_of(config, model, device, dtype, load, dense=batch.dense),
     )
 
 
@@ -175,13 +102,18 @@ def splits(config: FinetuneConfig, data: DataStats) -> Iterator[tuple[int, int]]
             yield size, steps
 
 
-def _layers(config: FinetuneConfig, model: ModelSpec, split: Split, limit: int) -> list[Layers]:
-    asked, n, fused = config.gradient_checkpointing, model.n_layers, fused_family(model, config) is not None
-    if isinstance(asked, Mapping):
-        return [layers_asked(asked, model, fused=fused)]
+def _mixes(config: FinetuneConfig, model: ModelSpec, split: Split, limits: Limits) -> list[Mix]:
+    """Those worth a look; layers that were asked for are kept, and have their MLP whole and in tiles."""
+    asked, n = config.gradient_checkpointing, model.n_layers
     if asked == "auto":
-        return split.worth_a_look(limit) if fused else [(keep, 0) for keep in range(n, -1, -1)]
-    return [(n, 0)] if asked in ("none", False) else [(0, 0)]
+        return split.worth_a_look(limits)
+    if asked in ("none", False):
+        return [all_kept(n)]
+    if isinstance(asked, Mapping):
+        mix = layers_asked(asked, model, fused=fused_family(model, config) is not None)
+    else:
+        mix = Mix(offload=n) if asked == "offload" else Mix(recompute=n)
+    return [mix, *(mix.with_tiles(tokens) for tokens in split.memory.tiles if mix.keep < n)]
 
 
 def _rank(candidate: Candidate) -> tuple[float, float, int, int]:

@@ -12,7 +12,7 @@ from nbqlora.core.errors import ConfigError
 from nbqlora.core.request import CellRequest
 
 ROWS = "expected a file, a data set's name or rows, got"
-TABLE = 'expected "auto", "none", "full" or a table {keep = 22, recompute = 10}, got'
+TABLE = 'expected "auto", "none", "full", "offload" or a table {keep = 22, recompute = 10}, got'
 SCHEDULES = "linear, cosine, constant, constant_with_warmup, polynomial, inverse_sqrt"
 UNBOUNDED = "paged optimizers keep their states in managed memory, which no plan can bound; use adamw_8bit"
 # option: (good values, ((bad value, what is said), ...))
@@ -46,6 +46,8 @@ LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
             (-(10**400), "expected a number above 0, got a huge number"),
         ],
     ),
+    "ram_gib": ([None, 0, 6, 9.5], [(-1, "expected a number of at least 0, got -1"),
+                                    ("all", 'expected a number of at least 0, got "all"')]),
     "max_minutes": ([None, 0.5, 90], [(-1, "expected a number above 0, got -1")]),
     "effective_batch_size": (
         [None, 1, 16],
@@ -55,12 +57,14 @@ LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
     "per_device_train_batch_size": ([None, 4], [(2.0, "expected a whole number of at least 1, got 2.0")]),
     "gradient_accumulation_steps": ([None, 4], [("4", 'expected a whole number of at least 1, got "4"')]),
     "gradient_checkpointing": (
-        ["auto", "none", "full", True, False, {"keep": 3}, {"keep": 22, "recompute_mlp": 6, "recompute": 4}],
+        ["auto", "none", "full", "offload", True, False, {"keep": 3}, {"keep": 22, "recompute_mlp": 6, "recompute": 4},
+         {"offload": 8, "join": 24}],
         [
             ("some", f'{TABLE} "some"'),
             ({}, f"{TABLE} {{}}"),
             (None, f"{TABLE} None"),
-            ({"keep": 3, "offload": 2}, "expected layers by policy (keep, recompute_mlp, recompute), got offload"),
+            ({"keep": 3, "drop": 2},
+             "expected layers by policy (keep, recompute_mlp, recompute, offload, join), got drop"),
             ({"keep": -1}, "expected a whole number of at least 0, got -1"),
         ],
     ),

@@ -19,6 +19,7 @@ STANDARD = {
     "DemoModelError": OSError,
     "DeviceError": RuntimeError,
     "DoesNotFitError": MemoryError,
+    "MemoryExhaustedError": MemoryError,
     "DiskError": OSError,
     "OutOfDiskError": OSError,
     "PublishError": OSError,

@@ -11,11 +11,11 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "nu
          "ipywidgets", "triton", "accelerate", "safetensors", "gguf", "pynvml")  # fmt: skip
 EXTENSION = """
 class Shell:
-    def register_magics(self, magics):
+    def register_magics(self, *magics):
         self.magics = magics
 shell = Shell()
 nbqlora.load_ipython_extension(shell)
-assert shell.magics.__name__ == "NbqloraMagics"
+assert [m.__name__ for m in shell.magics] == ["NbqloraMagics", "VramMagics"]
 """
 
 

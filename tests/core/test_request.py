@@ -160,7 +160,8 @@ def test_lines_of_what_validation_finds() -> None:
         "  line 3  lora_rank               unknown key; did you mean lora_r?\n"
         "  line 4  trl.run_nam             unknown key; did you mean trl.run_name?\n"
         "  line 5  peft.use_dorra          unknown key; did you mean peft.use_dora?\n"
-        "  line 6  gradient_checkpointing  expected layers by policy (keep, recompute_mlp, recompute), got kep"
+        "  line 6  gradient_checkpointing  expected layers by policy (keep, recompute_mlp, recompute, offload, join), "
+        "got kep"
     )
 
 

@@ -14,6 +14,7 @@ from nbqlora.core.events import (
     EvalEvent,
     Event,
     NoteEvent,
+    OomEvent,
     PhaseEvent,
     PlannedEvent,
     SavedEvent,
@@ -72,6 +73,7 @@ EVENTS: tuple[Event, ...] = (
     SavedEvent(elapsed_seconds=2.5, step=1, path="runs/run", n_bytes=10),
     StoppedEvent(elapsed_seconds=3.0, step=1, reason="interrupted"),
     NoteEvent(elapsed_seconds=3.5, text="a note"),
+    OomEvent(elapsed_seconds=4.0, step=2, phase="backward", asked_bytes=1 << 31, action="the loss takes 64 tokens"),
 )
 REPORT = Report(
     name="run1", plan=PLAN, status="done", events=EVENTS, tokens_per_second=60.0, measured_peak_bytes=GIB, seconds=4.0,

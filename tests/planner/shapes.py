@@ -9,6 +9,7 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Plan
 from nbqlora.core.specs import DataStats, DeviceSpec, HeadSpec, ModelSpec
 from nbqlora.planner import make_plan
+from nbqlora.planner.mix import Mix
 
 GIB = 1 << 30
 
@@ -120,3 +121,9 @@ def plan(
     where = DEVICES[device] if isinstance(device, str) else device
     config = options(**{"max_length": tokens, **changes})
     return make_plan(config, MODELS[model], where, rows_of(tokens, n=n), output_dir="runs/run")
+
+
+def mix_of(n_layers: int, keep: int = 0, mlp: int = 0, **more: int) -> Mix:
+    """Layers that keep all, all but their MLP's, or do something else; the rest recomputes."""
+    others = sum(n for name, n in more.items() if name != "tile_tokens")
+    return Mix(keep=keep, recompute_mlp=mlp, recompute=n_layers - keep - mlp - others, **more)

@@ -17,36 +17,44 @@ def message(model: str, device: Any, **changes: Any) -> str:
 
 
 def test_too_long() -> None:
-    assert message("8B", "laptop", tokens=8192) == (
-        "8B needs 9.4 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
-        "  most of it: weights 5.3 GiB, activations 3.2 GiB, optimizer 0.31 GiB\n"
-        "  it fits with max_length = 2240 and all layers recomputed"
+    assert message("8B", "laptop", tokens=131072) == (
+        "8B needs 26.5 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
+        "  most of it: activations 20.3 GiB, weights 5.3 GiB, optimizer 0.31 GiB\n"
+        "  it fits with max_length = 7168 (2 recompute · 30 offload)"
     )
-    assert plan("8B", "laptop", tokens=2240).micro_batch_size == 1
-    assert message("8B", "laptop", tokens=2500).endswith("it fits with max_length = 2240 and all layers recomputed")
+    assert plan("8B", "laptop", tokens=7168).micro_batch_size == 1
+    assert message("8B", "laptop", tokens=7200).endswith("it fits with max_length = 7168 (2 recompute · 30 offload)")
+
+
+def test_too_long_for_a_host_without_memory() -> None:
+    assert message("8B", "laptop", tokens=131072, ram_gib=0).splitlines()[2] == (
+        "  it fits with max_length = 5120 (8 recompute · 24 join)"
+    )
+    assert plan("8B", "laptop", tokens=5120, ram_gib=0).host_bytes == 0
+    assert message("8B", "laptop", tokens=6400, ram_gib=0).splitlines()[2] == "  it fits when you leave out ram_gib"
 
 
 def test_too_long_for_stock_layers() -> None:
-    assert message("stock 8B", "laptop", tokens=8192) == (
-        "stock 8B needs 10.1 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
-        "  most of it: weights 5.3 GiB, activations 4.0 GiB, optimizer 0.31 GiB\n"
-        "  it fits with max_length = 1984 and all layers recomputed"
+    assert message("stock 8B", "laptop", tokens=16384) == (
+        "stock 8B needs 10.3 GiB and RTX 4060 Laptop has 7.1 GiB usable\n"
+        "  most of it: weights 5.3 GiB, activations 4.3 GiB, optimizer 0.31 GiB\n"
+        "  it fits with max_length = 3712 (32 offload)"
     )
-    assert plan("stock 8B", "laptop", tokens=1984).micro_batch_size == 1
+    assert plan("stock 8B", "laptop", tokens=3712).micro_batch_size == 1
 
 
 def test_too_large() -> None:
     assert message("70B", "T4") == (
-        "70B needs 42.3 GiB and Tesla T4 has 13.8 GiB usable\n"
-        "  most of it: weights 36.8 GiB, activations 1.5 GiB, optimizer 1.5 GiB\n"
+        "70B needs 41.0 GiB and Tesla T4 has 13.8 GiB usable\n"
+        "  most of it: weights 36.8 GiB, optimizer 1.5 GiB, adapter 1.2 GiB\n"
         "  no max_length fits: 40.7 GiB are needed before the first token; a smaller model does"
     )
 
 
 def test_ones_own_limit() -> None:
     assert message("8B", "H100", vram_gib=6) == (
-        "8B needs 6.7 GiB and H100 has 6.0 GiB usable\n"
-        "  most of it: weights 5.3 GiB, activations 0.40 GiB, optimizer 0.31 GiB\n"
+        "8B needs 6.3 GiB and H100 has 6.0 GiB usable\n"
+        "  most of it: weights 5.3 GiB, optimizer 0.31 GiB, adapter 0.23 GiB\n"
         "  no max_length fits: 6.2 GiB are needed before the first token; a smaller model does\n"
         "  vram_gib = 6 is your own limit"
     )
@@ -55,10 +63,19 @@ def test_ones_own_limit() -> None:
 
 def test_on_a_cpu_the_process_is_part_of_what_is_needed() -> None:
     assert message("1B", cpu(2)) == (
-        "1B needs 2.6 GiB and 2 CPU cores has 1.5 GiB usable\n"
-        "  most of it: weights 1.4 GiB, context 0.50 GiB, activations 0.42 GiB\n"
+        "1B needs 2.4 GiB and 2 CPU cores has 1.5 GiB usable\n"
+        "  most of it: weights 1.4 GiB, context 0.50 GiB, activations 0.22 GiB\n"
         "  no max_length fits: 2.2 GiB are needed before the first token; a smaller model does"
     )
+
+
+@pytest.mark.parametrize("changes,allowed", [({}, "6.0 GiB"), ({"ram_gib": 1}, "1.0 GiB")])
+def test_too_little_memory_of_the_host(changes: dict[str, Any], allowed: str) -> None:
+    assert message("8B", "H100", tokens=32768, gradient_checkpointing="offload", **changes) == (
+        f"the inputs of 32 layers need 8.0 GiB of host memory, and {allowed} may be taken (ram_gib)\n"
+        '  it fits when you write gradient_checkpointing = "auto"'
+    )
+    assert plan("8B", "H100", tokens=32768, **changes).host_bytes <= 6 << 30
 
 
 AUTO, BATCH = {"gradient_checkpointing": "auto"}, "per_device_train_batch_size"
@@ -80,7 +97,7 @@ UNPIN = {
         {"effective_batch_size": 64, BATCH: None, "gradient_accumulation_steps": None},
     ),
     "layers and batch": (
-        {"tokens": 2048, "gradient_checkpointing": {"keep": 20}, BATCH: 16},
+        {"tokens": 4096, "gradient_checkpointing": {"keep": 20}, BATCH: 16},
         f'write gradient_checkpointing = "auto" and leave out {BATCH}',
         {**AUTO, BATCH: None},
     ),
@@ -98,12 +115,12 @@ def test_what_is_pinned_is_named_first_and_the_advice_holds(
 
 def test_a_pinned_batch_that_is_too_long_as_well() -> None:
     assert message("8B", "H100", tokens=1048576, per_device_train_batch_size=2).splitlines()[2] == (
-        "  it fits with max_length = 185856, one row at a time, and all layers recomputed"
+        "  it fits with max_length = 427008, one row at a time (7 recompute · 1 offload · 24 join)"
     )
-    assert plan("8B", "H100", tokens=185856).layer_policies
+    assert plan("8B", "H100", tokens=427008).layer_policies
 
 
 def test_an_advised_length_is_the_longest() -> None:
-    plan("8B", "laptop", tokens=2240)
+    plan("8B", "laptop", tokens=7168)
     with pytest.raises(DoesNotFitError):
-        plan("8B", "laptop", tokens=2240 + 64)
+        plan("8B", "laptop", tokens=7168 + 64)

@@ -9,7 +9,7 @@ import pytest
 from nbqlora.core.specs import BatchLayout
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.estimate import budget
-from tests.planner.shapes import DEVICES, MODELS, options
+from tests.planner.shapes import DEVICES, MODELS, mix_of, options
 
 
 def peak(
@@ -24,7 +24,7 @@ def peak(
 ) -> int:
     config = options(max_length=tokens, **changes)
     batch = MicroBatch(rows=rows, row_tokens=tokens, supervised_tokens=rows * tokens, layout=layout)
-    return budget(config, MODELS[model], DEVICES["H100"], "bf16", batch, keep, mlp).total_bytes
+    return budget(config, MODELS[model], DEVICES["H100"], "bf16", batch, mix_of(32, keep, mlp)).total_bytes
 
 
 @pytest.mark.parametrize("model", ["8B", "stock 8B"])

@@ -91,9 +91,10 @@ def check_kept(both: Both) -> None:
         assert storage_bytes(found.values()) == both.planned.kept_bytes(policy), policy
 
 
-def check_backward(both: Both) -> None:
+def check_backward(both: Both, *, tile: int = 0) -> None:
     """The live peak beyond what was kept, with the gradient that comes: at most 5 % high and 1 % low."""
     layer, x = both.real.layer, both.real.x
+    layer.scratch.mlp_tile_tokens = tile
     for policy in LayerPolicy:
         kept = kept_of(both, policy)
         for last in (True, False):
@@ -103,16 +104,21 @@ def check_backward(both: Both) -> None:
             with torch.no_grad():
                 found = live_peak(lambda: layer_backward(layer, body, dict(kept), both.real.call, need_input=True))  # noqa: B023
             found += gradient.nbytes
-            expected = backward_peak(both.planned, policy, last=last)
+            expected = backward_peak(both.planned, policy, last=last, tile_tokens=tile)
             assert 0.99 * found <= expected <= 1.05 * found, (policy, last, expected / found)
+    layer.scratch.mlp_tile_tokens = 0
 
 
-def check_forward(both: Both) -> None:
+def check_forward(both: Both, *, tile: int = 0) -> None:
     layer, x, call = both.real.layer, both.real.x, both.real.call
-    with torch.no_grad():
-        found = live_peak(lambda: layer_forward(layer, x, call))
-    expected = forward_peak(both.planned)
-    assert 0.99 * found <= expected <= 1.05 * found, expected / found
+    layer.scratch.mlp_tile_tokens = tile
+    for policy in LayerPolicy:
+        layer.policy = policy
+        with torch.no_grad():
+            found = live_peak(lambda: layer_forward(layer, x, call))
+        expected = forward_peak(both.planned, policy, tile)
+        assert 0.99 * found <= expected <= 1.05 * found, (policy, expected / found)
+    layer.scratch.mlp_tile_tokens = 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,6 +128,15 @@ def test_every_family(make: Callable[..., Both], family: str, dtype: torch.dtype
     check_kept(both)
     check_backward(both)
     check_forward(both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_tiles(make: Callable[..., Both], family: str, dtype: torch.dtype) -> None:
+    both = make(family, dtype)
+    for tile in (128, 32) if dtype == torch.bfloat16 else (64,):
+        check_backward(both, tile=tile)
+        check_forward(both, tile=tile)
 
 
 FORMS: dict[str, dict[str, Any]] = {

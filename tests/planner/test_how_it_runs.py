@@ -140,3 +140,13 @@ def test_attention_is_unknown_in_stock_layers_only() -> None:
     unknown = "which attention kernel runs: counted as one that keeps expanded keys and values"
     assert said().unknowns == ()
     assert said("stock 8B").unknowns == (unknown,)
+
+
+def test_rates_that_were_not_measured_are_unknown() -> None:
+    data, device = rows_of(512), replace(DEVICES["T4"], matmul_flops=None)
+    found = make_plan(options(max_length=512, vram_gib=6.5, ram_gib=6), MODELS["8B"], device, data, output_dir="out")
+    assert found.step_seconds is None and found.host_bytes
+    assert found.unknowns == (
+        "how fast this device is: ways to run were compared by what they compute twice, not by seconds",
+        "how fast inputs go to the host and back: 12 GB/s are counted, and RAM that can be pinned",
+    )

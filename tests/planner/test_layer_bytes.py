@@ -17,18 +17,19 @@ from nbqlora.engine.head import chunked_loss
 from nbqlora.engine.surgery import keep_linears_trainable
 from nbqlora.hub.inspect import read_spec
 from nbqlora.planner.batch import MicroBatch
-from nbqlora.planner.layer import LAYOUTS, Attention, attention_of, layer_bytes
+from nbqlora.planner.layer import LAYOUTS, Attention, attention_of, layer_bytes, mlp_bytes, mlp_shapes
+from nbqlora.planner.mix import Mix
 from nbqlora.planner.standing import adapter_params
 from nbqlora.planner.stock import StockMemory
 from tests import tiny
 from tests.planner.live_bytes import allocated_peak
-from tests.planner.shapes import DEVICES, MODELS
+from tests.planner.shapes import DEVICES, MODELS, mix_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PADDED, PACKED = BatchLayout.PADDED, BatchLayout.PACKED
 
-KEEP, RECOMPUTE = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE
+RECOMPUTE, MLP = LayerPolicy.RECOMPUTE, LayerPolicy.RECOMPUTE_MLP
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2}
 HEAD_DIM = {"qwen3": 32, "gemma2": 32, "gemma3_text": 32}
 RANK = 16
@@ -186,6 +187,26 @@ def test_a_recomputed_layer_saves_its_input(
     assert [found[i] for i in range(3)] == [batch["input_ids"].numel() * spec.d_model * dtype.itemsize] * 3
 
 
+@pytest.mark.parametrize("dtype,dropout", [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize("family", ["cohere", "llama", "phi3", "gemma3_text"])
+def test_a_layer_that_recomputes_its_mlp_saves_the_rest(
+    make: Callable[..., Setting], family: str, dtype: torch.dtype, dropout: float, as_on_a_card: None
+) -> None:
+    model, spec = make(family, dtype, dropout=dropout)
+    how = {"dropout": dropout > 0, "on_cpu": dtype == torch.float32}
+    batch = BATCHES["padded"]
+    whole = saved_bytes(model, spec, batch, dtype)
+    apply_policies(model, [MLP] * 3)
+    found = saved_bytes(model, spec, batch, dtype)
+    mlp = mlp_bytes(spec, dtype.itemsize, RANK, **how) * batch["input_ids"].numel()
+    # Autocast's copies of the MLP's adapters go with it.
+    copies = 2 * RANK * sum(map(sum, mlp_shapes(spec).values())) if dtype != torch.float32 else 0
+    expected = predicted(spec, batch, dtype, **how) - mlp - copies
+    for layer in (1, 2):
+        assert 0.98 * found[layer] <= expected <= 1.15 * found[layer], expected / found[layer]
+        assert whole[layer] - found[layer] == pytest.approx(mlp + copies, rel=0.02)
+
+
 DEVICE = {"total_bytes": 1 << 40, "free_bytes": 1 << 40, "host_free_bytes": 0, "disk_free_bytes": 0}
 LAYOUT = {"padded": PADDED, "packed": PACKED}
 PEAKS = {
@@ -213,15 +234,16 @@ def test_the_peak_of_a_step(make: Callable[..., Setting], case: Any, as_on_a_car
     memory = StockMemory(config=config(), model=spec, device=device, batch=sizes, c=dtype.itemsize)
     chunk = memory.loss_chunk_tokens()
     gradients = 4 * adapter_params(spec, config())
-    for n_keep in (4, 2, 0):
-        apply_policies(model, [RECOMPUTE] * (4 - n_keep) + [KEEP] * n_keep)
+    more = (Mix(offload=4), Mix(recompute_mlp=4), Mix(offload=1, recompute=1, recompute_mlp=1, keep=1))
+    for mix in (*(mix_of(4, n_keep) for n_keep in (4, 2, 0)), *(more if not shape else ())):
+        apply_policies(model, mix.policies, slot_bytes=memory.input_bytes)
 
         def work() -> None:
             step(model, spec, batch, dtype, chunk).backward()
 
         work()  # gradients are there, as in all but a step's first micro-batch
         found = gradients + allocated_peak(work, tmp_path / "trace.json")
-        parts = memory.budget(n_keep).by_category
+        parts = memory.budget(mix).by_category
         standing = (MemoryCategory.WEIGHTS, MemoryCategory.ADAPTER, MemoryCategory.OPTIMIZER, MemoryCategory.CONTEXT)
         expected = sum(n for category, n in parts.items() if category not in standing)
-        assert 0.98 * found <= expected <= 1.15 * found, (n_keep, expected / found)
+        assert 0.98 * found <= expected <= 1.15 * found, (mix, expected / found)

