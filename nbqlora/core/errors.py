@@ -8,6 +8,7 @@ over in silence by such tools, and a subclass of it prints a full traceback.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,6 @@ class NbqloraError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Lines that IPython prints in place of a traceback."""
         if self.show_traceback:
-            import traceback
-
             return traceback.format_exception(self)
         return [f"{type(self).__name__}: {line}" if i == 0 else line for i, line in enumerate(str(self).split("\n"))]
 
@@ -97,6 +96,22 @@ class DoesNotFitError(NbqloraError, MemoryError):
     """No plan fits the memory; raised before anything is downloaded or loaded."""
 
 
+class MemoryExhaustedError(DoesNotFitError):
+    """Training ran out of memory with nothing left to lower.
+
+    Args:
+        tokens: of what did not fit; 0 where that has no tokens.
+        room_bytes: what the run could have had in all; None where it is not known.
+        adapter_is_whole: it is that of the last step that was done, not one that was cut in two.
+    """
+
+    def __init__(
+        self, message: str, *, tokens: int = 0, room_bytes: int | None = None, adapter_is_whole: bool = True
+    ) -> None:
+        self.tokens, self.room_bytes, self.adapter_is_whole = tokens, room_bytes, adapter_is_whole
+        super().__init__(message)
+
+
 class DiskError(NbqloraError, OSError):
     """The disk refused what was written to it; what was there before is whole."""
 
@@ -123,3 +138,14 @@ class InterruptedRunError(NbqloraError, KeyboardInterrupt):
 
 class RunError(NbqloraError, RuntimeError):
     """A ``Run`` was asked for something that it cannot do in its state."""
+
+
+def clear_frames(error: BaseException) -> None:
+    """Drop the locals of the frames that an error, and what led to it, left behind: they keep the model alive."""
+    chain, seen = [error], set[int]()
+    while chain:
+        one = chain.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            chain += [e for e in (one.__cause__, one.__context__) if e is not None]

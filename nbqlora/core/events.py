@@ -100,6 +100,23 @@ class StoppedEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OomEvent(Event):
+    """The card was full, and what was done so that the run goes on.
+
+    Args:
+        step: the optimizer step that was under way; 0 before the first.
+        phase: where: forward, backward, optimizer, eval.
+        asked_bytes: what the allocation that failed asked for; None when it is not known.
+        action: what runs from now on, in words ("the loss takes 64 tokens at once").
+    """
+
+    step: int
+    phase: str
+    asked_bytes: int | None
+    action: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoteEvent(Event):
     """Something that the user should know and that no other event says."""
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from nbqlora.train.state import Generators
+
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """What is needed to name the rows of a batch whose loss is not finite."""
+    """What is needed to run a batch of the step again, and to name its rows where the loss is not finite.
+
+    Args:
+        count: learned tokens of the whole step.
+        random: where the generators stood before it ran.
+        loss: its share of the step's; filled once it ran.
+    """
 
     inputs: dict[str, Any]
-    loss: torch.Tensor
+    count: Any
+    random: Generators
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from nbqlora.core.events import EvalEvent, NoteEvent, Observer, PhaseEvent, StepEvent, StoppedEvent
+from nbqlora.core.events import EvalEvent, NoteEvent, Observer, OomEvent, PhaseEvent, StepEvent, StoppedEvent
 from nbqlora.train.stop import EvaluationCutError, Stop
 
 
@@ -96,6 +96,13 @@ class EventCallback(TrainerCallback):
                 peak_bytes=self._peak(),
                 elapsed_seconds=self._clock(),
             )
+        )
+
+    def out_of_memory(self, *, step: int, phase: str, asked_bytes: int | None, action: str) -> None:
+        """Memory ran out, and what is done about it. Raises NonFiniteLossError where the step before was not finite."""
+        self.flush()
+        self._emit(
+            OomEvent(step=step, phase=phase, asked_bytes=asked_bytes, action=action, elapsed_seconds=self._clock())
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -71,6 +71,30 @@ def set_random_state(state: Tensors) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Generators:
+    """Where torch's generators stand, from which dropout draws; taken before each micro-batch, so cheap.
+
+    Args:
+        cpu: the host's.
+        card: that of a card; None for a model on the host.
+    """
+
+    cpu: torch.Tensor
+    card: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Generators:
+        """As they stand; nothing waits for the card."""
+        return cls(cpu=torch.get_rng_state(), card=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def put_back(self, device: torch.device) -> None:
+        """Let them stand so again."""
+        torch.set_rng_state(self.cpu)
+        if self.card is not None:
+            torch.cuda.set_rng_state(self.card, device)
+
+
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """Within, random numbers may be drawn; afterwards the generators stand where they stood."""

@@ -7,32 +7,30 @@ GradScaler starts at 2**16 by default, which throws away the first steps of a ru
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
 
-from nbqlora.core.errors import NonFiniteLossError
 from nbqlora.engine.adapters import FlatAdapters
 from nbqlora.engine.fused import engine_of
 from nbqlora.engine.loaded import LoadedModel, autocast
-from nbqlora.train.batch import MicroBatch, count_tokens, documents, in_few_shapes
+from nbqlora.engine.micro_step import MicroStep
+from nbqlora.train.batch import in_few_shapes
+from nbqlora.train.enduring_trainer import TellShort
 from nbqlora.train.events import StepMeter
+from nbqlora.train.finite import FindRows, FiniteCallback, FiniteTrainer
 from nbqlora.train.interruptible import InterruptibleTrainer
 from nbqlora.train.resumable import ResumableTrainer, SaveState
-from nbqlora.train.sent import SentNumbers, clip_
+from nbqlora.train.sent import clip_
 from nbqlora.train.traces import forget_in_bitsandbytes, instance_forwards, restore_forwards
 
 INITIAL_LOSS_SCALE = 2.0**10
 
-# documents' token ids -> numbers of the rows they came from
-FindRows = Callable[[list[list[int]]], tuple[int, ...]]
 
-
-class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
+class QLoraTrainer(FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
     """TRL's trainer on a loaded model.
 
     Args:
@@ -40,10 +38,10 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
         meter: filled for the event callback.
         find_rows: names the rows of a failing batch.
         save_state: takes the state at each checkpoint.
+        enter: told the phase that begins: forward, backward, step (both, captured) or eval.
+        ram_bytes: host memory that inputs of layers may take where the card runs out of memory.
+        tell_short: told of such a shortage, and what is done about it.
     """
-
-    data_collator: Any
-    optimizer: Any
 
     def __init__(
         self,
@@ -55,17 +53,16 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
         meter: StepMeter,
         find_rows: FindRows,
         save_state: SaveState,
+        enter: Callable[[str], None],
+        ram_bytes: int,
+        tell_short: TellShort,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        self._loaded, self._meter, self._find_rows = loaded, meter, find_rows
-        assert loaded.loss is not None
-        self._loss, self._step = loaded.loss, loaded.micro_step()
+        self._loaded, self._meter, self._find_rows, self._enter = loaded, meter, find_rows, enter
         self._one = torch.ones((), device=loaded.device)
         self._norm: torch.Tensor | None = None
         self._n_parameters: int | None = None
         self._adapters = self._all_adapters()
-        self._micro_batches: list[MicroBatch] = []
-        self._eval_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._own_forwards = instance_forwards(loaded.model)
         exact = {name: p.data for name, p in loaded.model.named_parameters() if p.requires_grad}
         arguments._n_gpu = 1  # with two cards Trainer would wrap the model in DataParallel
@@ -76,8 +73,9 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
             eval_dataset=eval_dataset,
             processing_class=loaded.tokenizer,
             save_state=save_state,
-            callbacks=[_FiniteCallback(self), *callbacks],
+            callbacks=[FiniteCallback(self), *callbacks],
         )
+        self.endure(loaded, ram_bytes, tell_short)
         for name, p in loaded.model.named_parameters():
             if name in exact:
                 p.data = exact[name]
@@ -90,6 +88,7 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
             self.accelerator.scaler = torch.amp.GradScaler(loaded.device.type, init_scale=INITIAL_LOSS_SCALE)
 
     def _all_adapters(self) -> FlatAdapters | None:
+        """The buffer behind the adapters, when nothing else trains."""
         engine = engine_of(self._loaded.model)
         adapters = None if engine is None else engine.scratch.adapters
         return adapters if adapters is not None and all(p in adapters for p in self._loaded.trainable()) else None
@@ -98,26 +97,39 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss a supervised token of the whole step: the sum here over the step's number of tokens."""
-        with autocast(self._loaded):
-            total, count = self._loss(self._loaded.model, inputs)
-        if not self.model.training:
-            self._eval_sums.append((total.detach(), count))
+        self._enter("forward")
+        total, count = self.sums(inputs)
+        self._enter("backward")
         loss = total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch, remembered until the step is known to be finite."""
-        if self._step.captures and num_items_in_batch is not None:
-            loss = self._captured_step(model, inputs, num_items_in_batch)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batches.append(MicroBatch(inputs=inputs, loss=loss))
-        return loss
+    def run_part(self, inputs: dict[str, Any], count: Any) -> torch.Tensor:
+        """A micro-batch, or a part of one, captured where it can be."""
+        if self._step.captures and count is not None:
+            return self._captured_step(inputs, count)
+        return super().run_part(inputs, count)
 
-    def _captured_step(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
+    def eval_part(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum and number of the losses of the learned tokens."""
+        self._enter("eval")
+        with torch.no_grad():
+            return self.sums(self._prepare_inputs(inputs))
+
+    def sums(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum and number of the losses of a batch's learned tokens."""
+        assert self._loaded.loss is not None
+        with autocast(self._loaded):
+            return self._loaded.loss(self._loaded.model, inputs)
+
+    @property
+    def _step(self) -> MicroStep:
+        return self._loaded.micro_step()
+
+    def _captured_step(self, inputs: dict[str, Any], count: Any) -> torch.Tensor:
         """As :meth:`compute_loss` and a backward, through the loaded model's step; nothing waits for the card."""
-        if not model.training:
-            model.train()
+        if not self.model.training:
+            self.model.train()
+        self._enter("step")
         inputs = self._prepare_inputs(inputs)
         scaler = self.accelerator.scaler
         one = self._one if scaler is None else scaler.scale(self._one)
@@ -135,7 +147,7 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The loaded model's own, one launch for all adapters; Trainer's for what it does not know."""
-        args, flat = self.args, self._flat()
+        args, flat = self.args, self._adapters
         found = self.optimizer
         if found is None and flat is not None and not args.optim_args:
             found = self.optimizer = self._loaded.optimizer(
@@ -147,10 +159,6 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
             )
         return super().create_optimizer(model) if found is None else found
 
-    def _flat(self) -> FlatAdapters | None:
-        """The buffer behind the adapters, when nothing else trains."""
-        return self._adapters
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate; it counts the parameters anew for every batch, which takes longer than a small step."""
         if self._n_parameters is None:
@@ -159,12 +167,12 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """The norm of all gradients, from one pass over their buffer, which is scaled down to ``max_grad_norm``."""
-        flat = self._flat()
+        flat = self._adapters
         if flat is None:
             norm: torch.Tensor = super()._clip_grad_norm(model)
             return norm
-        self.accelerator.unscale_gradients()
-        self._norm = clip_(flat.all_gradients(), self.args.max_grad_norm)
+        self.enduring.once(self.accelerator.unscale_gradients)
+        self._norm = self.enduring.once(lambda: clip_(flat.all_gradients(), self.args.max_grad_norm))
         return self._norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -181,73 +189,6 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
             logs["eval_loss"] = self._meter.eval_loss
         super().log(logs, start_time)
 
-    def check_finite(self) -> None:
-        """Before the optimizer's step: read the step's loss once; stop before a NaN reaches the adapter.
-
-        Where steps are captured nothing is read: the optimizer is told on the card to leave the adapter alone if a
-        figure is not finite, and the figures are read a step later.
-
-        Raises:
-            NonFiniteLossError: naming the rows, with the adapter as the last good step left it.
-        """
-        batches, self._micro_batches = self._micro_batches, []
-        losses = torch.stack([b.loss for b in batches])
-        n_tokens = sum(count_tokens(b.inputs) for b in batches)
-        if self._reads_later():
-            self._meter.numbers = self._sent(batches, losses, n_tokens)
-            return
-        self._meter.loss, self._meter.n_tokens = float(losses.sum()), n_tokens
-        scaled = self.accelerator.scaler is not None
-        if math.isfinite(self._meter.loss) and (scaled or self._gradients_are_finite()):
-            return
-        self._not_finite(batches, losses.tolist(), self.state.global_step)
-
-    def _reads_later(self) -> bool:
-        """Figures may come a step late: steps are captured, no tracker waits, and the optimizer can skip by itself."""
-        fused = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.AdamW)
-        return self._step.captures and fused and self._flat() is not None and not self.args.report_to
-
-    def _sent(self, batches: list[MicroBatch], losses: torch.Tensor, n_tokens: int) -> SentNumbers:
-        flat = self._flat()
-        assert flat is not None
-        norm, self._norm = self._norm, None
-        norm = torch.linalg.vector_norm(flat.all_gradients()) if norm is None else norm
-        figures = torch.cat([losses.float(), norm.float().reshape(1)])
-        scaled = self.accelerator.scaler is not None
-        if not scaled:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(figures).all()).float()
-        step = self.state.global_step
-        return SentNumbers(
-            figures,
-            n_tokens,
-            norm_may_be_infinite=scaled,
-            fail=lambda found: self._not_finite(batches, found, step),
-        )
-
-    def _not_finite(self, batches: list[MicroBatch], losses: Sequence[float], last_step: int) -> NoReturn:
-        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)] or batches
-        rows = self._find_rows([ids.tolist() for b in bad for ids in self._failing_documents(b.inputs)])
-        raise NonFiniteLossError(_not_finite(math.isfinite(sum(losses)), last_step, rows))
-
-    def _failing_documents(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """Token ids of the documents whose own loss is not finite; of all when each alone is fine."""
-        found = documents(inputs)
-        with torch.no_grad(), autocast(self._loaded):
-            losses = [
-                self._loss(self._loaded.model, {"input_ids": ids[None], "labels": labels[None]})[0]
-                for ids, labels in found
-            ]
-        bad = [ids for (ids, _), loss in zip(found, losses, strict=True) if not math.isfinite(float(loss))]
-        return bad or [ids for ids, _ in found]
-
-    def _gradients_are_finite(self) -> bool:
-        flat = self._flat()
-        if flat is not None:
-            return bool(torch.isfinite(torch.linalg.vector_norm(flat.all_gradients())))
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-
     def release(self) -> None:
         """Undo what the trainer hung on the model, and let go of optimizer and data."""
         self.accelerator.free_memory()
@@ -259,23 +200,3 @@ class QLoraTrainer(InterruptibleTrainer, ResumableTrainer):
         restore_forwards(self._own_forwards)
         self.model.__dict__.pop("zero_grad", None)
         self.model.zero_grad(set_to_none=True)
-
-
-class _FiniteCallback(TrainerCallback):
-    """Calls the check at the one moment between gradients and optimizer."""
-
-    def __init__(self, trainer: QLoraTrainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All gradients of the step are there, clipped; nothing was updated yet."""
-        self._trainer.check_finite()
-
-
-def _not_finite(loss_is_finite: bool, last_step: int, rows: Sequence[int]) -> str:
-    what, where = "gradient" if loss_is_finite else "loss", ", ".join(map(str, rows)) or "(not found)"
-    kept = f"the adapter of step {last_step} was kept" if last_step else "no step was taken before it"
-    return (
-        f"the {what} of step {last_step + 1} is not finite, on the data's rows {where}; {kept}\n"
-        "  look at these rows; if they are fine, a smaller learning_rate helps"
-    )

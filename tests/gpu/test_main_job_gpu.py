@@ -72,7 +72,8 @@ def test_three_runs_end_at_the_same_memory_and_free_gives_all_back(optim, medium
 def test_running_out_of_memory_is_short_and_leaves_the_card_as_it_was(medium_folder, tmp_path):
     before = allocated()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((before + 700 * MIB) / total)
+    # Less than the weights take; what runs out of memory while it trains is in test_oom_gpu.py.
+    torch.cuda.set_per_process_memory_fraction((before + 120 * MIB) / total)
     try:
         with pytest.raises(DoesNotFitError, match="ran out of memory although the plan said") as caught:
             nbqlora.finetune(

@@ -66,10 +66,11 @@ def evals(run: nbqlora.Run) -> list[float]:
     return [e.loss for e in run.events if isinstance(e, EvalEvent)]
 
 
-def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: Any) -> Parts:
+def parts(model: Path, data: Any, out: Path, *, change: Any = None, ram_bytes: int = 0, **changes: Any) -> Parts:
     """Everything up to ``trainer.train()``.
 
     Args:
+        ram_bytes: host memory that inputs of layers may take when memory runs out.
         change: called with the loaded model before the loss is chosen.
     """
     options = {"model": str(model), "data": data, "output_dir": str(out), **OPTIONS, **changes}
@@ -94,6 +95,9 @@ def parts(model: Path, data: Any, out: Path, *, change: Any = None, **changes: A
         meter=meter,
         find_rows=seen.train.find_rows,
         save_state=states.append,
+        enter=lambda phase: None,
+        ram_bytes=ram_bytes,
+        tell_short=callback.out_of_memory,
         callbacks=[callback],
     )
     return Parts(config, plan, loaded, trainer, events, states)

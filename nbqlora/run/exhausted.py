@@ -1,0 +1,43 @@
+"""The end of a run that found no memory: what was kept, and what would fit in the room that there really was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import MemoryExhaustedError
+from nbqlora.core.events import Event, SavedEvent
+from nbqlora.core.plan import Plan
+from nbqlora.core.units import format_bytes
+from nbqlora.planner.advice import LENGTH_STEP, longest_that_fits
+
+
+def with_what_fits(
+    error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, events: Iterable[Event], hint: str
+) -> MemoryExhaustedError:
+    """The same error, with what to do about it.
+
+    Args:
+        hint: a line on how to resume; "" for none.
+    """
+    room = plan.usable_bytes if error.room_bytes is None else min(plan.usable_bytes, error.room_bytes)
+    saved = [e for e in events if isinstance(e, SavedEvent)]
+    kept = f"the adapter of step {saved[-1].step} is in {saved[-1].path}" if saved else "no step was taken before it"
+    if not error.adapter_is_whole:
+        kept = f"what was saved last is {saved[-1].path}" if saved else "nothing was saved"
+    lines = [
+        f"{plan.device.name}: {error}",
+        f"  {_what_fits(error, config, plan, room)}",
+        f"  all memory of this run was given back; {kept}{hint}",
+    ]
+    return MemoryExhaustedError("\n".join(lines), tokens=error.tokens, room_bytes=error.room_bytes)
+
+
+def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, room: int) -> str:
+    had = f"in the {format_bytes(room)} that this run could have"
+    found, _ = longest_that_fits(config, plan.model, plan.device, plan.data, plan.dtype, room)
+    if error.tokens:  # the plan is wrong about these, so it is not asked about as many
+        found = min(found, (error.tokens - 1) // LENGTH_STEP * LENGTH_STEP)
+    if found:
+        return f"max_length = {found} fits {had}"
+    return f"no max_length fits {had}: a smaller model does, or a card that other processes leave alone"
