@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nbqlora.core.display import Displayed
 from nbqlora.core.events import EvalEvent, Event, StepEvent
+from nbqlora.core.memory_profile import MemoryProfile
 from nbqlora.core.plain import plain
 from nbqlora.core.plan import Plan, Replacement, SavedAdapter
 from nbqlora.core.specs import MemoryCategory
@@ -25,6 +26,7 @@ class Report(Displayed):
         tokens_per_second: tokens through the model over the wall time of the steps, the first step left out
             when there are more (it holds warm-up); None before a step was taken.
         measured_peak_bytes: highest memory allocated on the card while training; resident RAM on a CPU.
+        memory: that by phase and by holder; None where nothing was loaded.
         seconds: wall time from the first look to the saved adapter.
         replacements: what was changed on the loaded model, and what was left as it was, with reasons.
         versions: of the libraries that took part.
@@ -40,6 +42,7 @@ class Report(Displayed):
     adapter: SavedAdapter | None
     replacements: tuple[Replacement, ...] = ()
     versions: Mapping[str, str] | None = None
+    memory: MemoryProfile | None = None
     reason: str = ""
 
     @property
@@ -67,6 +70,7 @@ class Report(Displayed):
             "tokens_per_second": self.tokens_per_second,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
+            "memory": None if self.memory is None else self.memory.as_dict(),
             "adapter": plain(self.adapter),
             "versions": plain(self.versions or {}),
             "replacements": plain(self.replacements),
@@ -87,6 +91,7 @@ class VramReport(Displayed):
         kind: ``"cuda"``, or ``"cpu"`` when there is no usable card; then the device is the machine's RAM.
         by_category: used bytes of the device by who holds them; sums to ``used_bytes``.
         peak_bytes: highest that this process allocated since it started; 0 when torch has not used the card.
+        reclaimable: what of it is given back on demand: torch's cache, and what a finished run still holds.
         measured_by: where the figures come from: ``torch``, ``nvml`` (torch has not touched the card) or ``os``.
         notes: what a reader should know ("2 cards, this is card 0").
     """
@@ -104,6 +109,7 @@ class VramReport(Displayed):
     disk_free_bytes: int
     disk_path: str
     measured_by: Literal["torch", "nvml", "os"]
+    reclaimable: tuple[MemoryCategory, ...] = (MemoryCategory.CACHE,)
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:

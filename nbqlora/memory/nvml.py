@@ -81,6 +81,17 @@ def _read(nvml: ModuleType, uuid: str, *, n_cards: int, notes: tuple[str, ...]) 
     )
 
 
+def capability_of(card: Card) -> tuple[int, int] | None:
+    """The card's compute capability; None where the driver's library does not tell it."""
+    import pynvml
+
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByUUID(card.uuid))
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
+
+
 def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int]:
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)

@@ -17,6 +17,8 @@ from nbqlora.core.report import VramReport
 from nbqlora.core.specs import MemoryCategory
 from nbqlora.memory.host import HostMemory, cpu_cores_text, disk_free_bytes, read_host
 from nbqlora.memory.nvml import read_card
+from nbqlora.memory.peak import highest_before_resets
+from nbqlora.memory.profile import Profile, latest
 from nbqlora.memory.split import Holdings, split_card, split_host
 
 _DRIVER = Path("/dev/nvidiactl")
@@ -40,12 +42,13 @@ def vram(*, holdings: Holdings | None = None, disk_path: str | os.PathLike[str] 
     """Memory now; imports no torch and starts no CUDA.
 
     Args:
-        holdings: what a live run says it holds on the device, in bytes; what this process has beyond that
-            appears as ``THIS_PROCESS``.
+        holdings: what a run holds on the device, in bytes; None for what the latest run says it does. What this
+            process has beyond that appears as ``THIS_PROCESS``.
         disk_path: a folder of the disk to look at; it need not exist yet.
     """
     host = read_host()
-    device = _device(host, holdings)
+    run = latest() if holdings is None else None
+    device = _device(host, run.holdings() if run is not None else holdings)
     return VramReport(
         kind=device.kind,
         name=device.name,
@@ -60,19 +63,34 @@ def vram(*, holdings: Holdings | None = None, disk_path: str | os.PathLike[str] 
         disk_free_bytes=disk_free_bytes(disk_path),
         disk_path=os.fspath(disk_path),
         measured_by=device.measured_by,
+        reclaimable=_reclaimable(run),
         notes=device.notes + host.notes,
     )
+
+
+def cuda_started() -> bool:
+    """Torch uses a card already; nothing is imported or started by asking."""
+    torch: Any = sys.modules.get("torch")
+    try:
+        return torch is not None and bool(torch.cuda.is_initialized())
+    except AttributeError:  # another thread is importing it
+        return False
+
+
+def _reclaimable(run: Profile | None) -> tuple[MemoryCategory, ...]:
+    """The cache, and what a run that is over still holds: the next one lets go of it."""
+    held = () if run is None or run.phase else tuple(c for c, n in run.holdings().items() if n)
+    return (*held, MemoryCategory.CACHE)
 
 
 def _device(host: HostMemory, holdings: Holdings | None) -> _Device:
     torch: Any = sys.modules.get("torch")
     try:
-        started = torch is not None and torch.cuda.is_initialized()
         built = torch is None or torch.backends.cuda.is_built()
     except AttributeError:  # another thread is importing it
-        started, built = False, True
+        built = True
     notes: tuple[str, ...] = ()
-    if started:
+    if cuda_started():
         try:
             return _from_torch(torch.cuda, holdings)
         except RuntimeError as error:  # after a device-side assert every call fails, until the process ends
@@ -98,7 +116,7 @@ def _from_torch(cuda: Any, holdings: Holdings | None) -> _Device:
         name=cuda.get_device_name(index),
         total_bytes=total,
         free_bytes=free,
-        peak_bytes=cuda.max_memory_allocated(index),
+        peak_bytes=max(cuda.max_memory_allocated(index), highest_before_resets()),
         by_category=by_category,
         measured_by="torch",
         notes=cards_notes(cuda.device_count(), f"this is card {index}") + notes,

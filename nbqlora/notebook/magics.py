@@ -1,7 +1,6 @@
-"""``%%finetune`` and ``%vram``: parse, call, display.
+"""``%%finetune``: parse, call, display; ``%vram`` stands beside it, in :mod:`nbqlora.notebook.vram`.
 
-Options are declared with ``magic_arguments``, so ``%%finetune?`` documents itself. A flag that does not
-exist is a real error: IPython's ``UsageError`` would let test runners pass the cell in silence.
+Options are declared with ``magic_arguments``, so ``%%finetune?`` documents itself.
 """
 
 from __future__ import annotations
@@ -11,26 +10,18 @@ import keyword
 import os
 from typing import Any
 
-from IPython.core.error import UsageError
-from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
-from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+from IPython.core.magic import Magics, cell_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
 
 from nbqlora.core.errors import ConfigError, NbqloraError, Problem
 from nbqlora.core.request import CellRequest, parse_toml
+from nbqlora.notebook.flags import parsed
+from nbqlora.notebook.vram import VramMagics
 
 
 def register(shell: Any) -> None:
     """Add the magics to a shell."""
-    shell.register_magics(NbqloraMagics)
-
-
-def _parsed(magic: Any, line: str, name: str) -> Any:
-    """The line's flags; a comment behind them is legal, as it is in the body."""
-    try:
-        return parse_argstring(magic, line.split("#", 1)[0])
-    except UsageError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError([Problem(key=name, message=reason, hint=f"{name}? lists what it takes")], "line 1") from None
+    shell.register_magics(NbqloraMagics, VramMagics)
 
 
 def _check_name(name: str) -> str:
@@ -60,26 +51,16 @@ class NbqloraMagics(Magics):
     @cell_magic("finetune")
     def finetune(self, line: str, cell: str) -> None:
         """Fine-tune a model with QLoRA; the body is TOML: ``key = value``, comments with ``#``."""
-        parsed = _parsed(self.finetune, line, "%%finetune")
+        flags = parsed(self.finetune, line, "%%finetune")
         try:
-            name = _check_name(parsed.name)
+            name = _check_name(flags.name)
             request = parse_toml(cell, first_line=2, source="this cell", namespace=self.shell.user_ns)
             _check_not_data(name, request)
-            done = _plan(request, name) if parsed.plan else _run(request, name, parsed.static, parsed.resume)
+            done = _plan(request, name) if flags.plan else _run(request, name, flags.static, flags.resume)
             self.shell.user_ns[name] = done
         except NbqloraError as error:
-            error.show_traceback = parsed.traceback
+            error.show_traceback = flags.traceback
             raise
-
-    @magic_arguments()
-    @line_magic("vram")
-    def vram(self, line: str) -> None:
-        """Show memory now: the card (or RAM), what this process holds, RAM and disk."""
-        _parsed(self.vram, line, "%vram")
-        from nbqlora import api
-        from nbqlora.notebook.live import show
-
-        show(api.vram())
 
 
 def _plan(request: CellRequest, name: str) -> Any:

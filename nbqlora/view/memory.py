@@ -1,14 +1,14 @@
 """Memory for people: one line of text, and a bar with its figures as a list.
 
 The line's order is fixed: what is used of how much, who holds it (in the order of the categories, nothing
-under 0.05 GiB), the peak, RAM, disk; all in GiB. The bar is inline-styled HTML. Where styles are stripped
-(GitHub) its boxes vanish and the list of figures is left, as plain bullets. Colours are those of the page or
-half transparent, so that it reads on light and dark.
+under 0.05 GiB), the peak, RAM, disk; all in GiB. What is given back on demand says so, and is hatched. The bar is
+inline-styled HTML. Where styles are stripped (GitHub) its boxes vanish and the list of figures is left, as plain
+bullets. Colours are those of the page or half transparent, so that it reads on light and dark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 from nbqlora.core import display
@@ -33,48 +33,70 @@ def register_memory_views() -> None:
 def vram_text(report: VramReport) -> str:
     """``vram  Tesla T4  6.1 of 14.7 GiB used · this process 5.2 · … · RAM 8.1 of 12.7 free · disk 41 free``."""
     used = f"{gib(report.used_bytes):.1f} of {gib(report.total_bytes):.1f} GiB used"
-    holders = [f"{c.label} {gib(n):.1f}" for c, n in _held(report.by_category) if n >= _SHOWN_BYTES]
+    held = [(c, n) for c, n in _held(report.by_category) if n >= _SHOWN_BYTES]
+    holders = [f"{c.label} {gib(n):.1f}{' (reclaimable)' if c in report.reclaimable else ''}" for c, n in held]
     head = f"{'ram' if report.kind == 'cpu' else 'vram':<4}  {_one_line(report.name)}  {used}"
     return " · ".join([head, *holders, *_surroundings(report)])
 
 
 def vram_html(report: VramReport) -> str:
-    """The same with a bar, and the report's notes; at most 6 kB."""
+    """The same with a bar, and the report's notes; at most 7 kB."""
     used = f"{gib(report.used_bytes):.1f} of {gib(report.total_bytes):.1f} GiB used"
     head = " · ".join([f"<strong>{escape(_one_line(report.name))}</strong> {used}", *_surroundings(report)])
     parts = [(category.label, n_bytes) for category, n_bytes in _held(report.by_category)]
+    bar = bar_html(parts, report.total_bytes, reclaimable=report.reclaimable)
     notes = "".join(f'<p style="margin:2px 0;opacity:.8">{escape(note)}</p>' for note in report.notes)
-    return f'<div style="max-width:640px"><div>{head}</div>{bar_html(parts, report.total_bytes)}{notes}</div>'
+    return f'<div style="max-width:640px"><div>{head}</div>{bar}{notes}</div>'
 
 
-def bar_html(parts: Sequence[tuple[str, int]], total_bytes: int) -> str:
+def meter_html(report: VramReport) -> str:
+    """The text line above a bar without figures, for what is sent again and again: at most 2 kB."""
+    parts = [(category.label, n_bytes) for category, n_bytes in _held(report.by_category)]
+    bar = bar_html(parts, report.total_bytes, reclaimable=report.reclaimable, figures=False)
+    return f'<div style="max-width:640px"><div>{escape(vram_text(report))}</div>{bar}</div>'
+
+
+def bar_html(
+    parts: Sequence[tuple[str, int]],
+    total_bytes: int,
+    *,
+    reclaimable: Collection[MemoryCategory] = (),
+    figures: bool = True,
+) -> str:
     """One stacked bar and the list of its figures.
 
     Args:
         parts: label and bytes, left to right; a :class:`MemoryCategory` label gets that category's colour.
         total_bytes: the whole bar. What the parts leave is shown as free; when they are more, the bar is as
             long as they are, a line stands where it should end, and the list says by how much they are over.
+        reclaimable: categories that are given back on demand, beside those that always are.
+        figures: the list, which is what is left where styles are stripped.
     """
     parts = [(label, n) for label, n in parts if n > 0]
     left = total_bytes - sum(n for _, n in parts)
     length = max(1, total_bytes, total_bytes - left)
     last, last_fill = (("free", left), _FREE) if left >= 0 else (("over by", -left), _LIMIT)
-    figures = [f"{label} {format_bytes(n)}" for label, n in [*parts, last]]
-    boxes = "".join(_box(label, 100 * n / length) for label, n in parts)
+    given_back = RECLAIMABLE | set(reclaimable)
+    words = [
+        f"{label} {format_bytes(n)}{', reclaimable' if category_of(label) in given_back else ''}"
+        for label, n in [*parts, last]
+    ]
+    boxes = "".join(_box(100 * n / length, _fill(label, given_back)) for label, n in parts)
     if left < 0:
         boxes += f'<div style="position:absolute;left:{100 * total_bytes / length:.2f}%;width:3px;{_LIMIT}"></div>'
-    swatches = [*(_fill(label) for label, _ in parts), last_fill]
-    items = "".join(_item(figure, fill) for figure, fill in zip(figures, swatches, strict=True))
-    aria = escape(f"{', '.join(figures)}; {format_bytes(total_bytes)} in all")
+    swatches = [*(_fill(label, given_back) for label, _ in parts), last_fill]
+    items = "".join(_item(figure, fill) for figure, fill in zip(words, swatches, strict=True))
+    aria = escape(f"{', '.join(words)}; {format_bytes(total_bytes)} in all")
+    listed = f'<ul style="display:flex;flex-wrap:wrap;gap:0 14px;margin:0;padding:0;list-style:none">{items}</ul>'
     return (
         f'<div role="img" aria-label="{aria}" style="position:relative;display:flex;height:18px;'
         f'margin:4px 0;overflow:hidden;border:1px solid {_LINE};border-radius:3px;{_FREE}">{boxes}</div>'
-        f'<ul style="display:flex;flex-wrap:wrap;gap:0 14px;margin:0;padding:0;list-style:none">{items}</ul>'
+        f"{listed if figures else ''}"
     )
 
 
-def _box(label: str, percent: float) -> str:
-    return f'<div style="width:{percent:.2f}%;min-width:1px;border-right:1px solid {_TRACK};{_fill(label)}"></div>'
+def _box(percent: float, fill: str) -> str:
+    return f'<div style="width:{percent:.2f}%;min-width:1px;border-right:1px solid {_TRACK};{fill}"></div>'
 
 
 def _item(figure: str, fill: str) -> str:
@@ -82,10 +104,10 @@ def _item(figure: str, fill: str) -> str:
     return f'<li style="display:flex;align-items:center;gap:5px;margin:0">{swatch}{escape(figure)}</li>'
 
 
-def _fill(label: str) -> str:
+def _fill(label: str, reclaimable: Collection[MemoryCategory | None]) -> str:
     category = category_of(label)
     colour = COLOURS[category] if category else _UNNAMED_COLOUR
-    if category not in RECLAIMABLE:
+    if category not in reclaimable:
         return f"background:{colour}"
     return f"background:repeating-linear-gradient(45deg,{colour} 0 3px,{colour}40 3px 6px)"
 

@@ -23,6 +23,7 @@ class FakeCard:
     reserved: int = GIB // 4
     used: int = 0
     processes: Mapping[int, int | None] = field(default_factory=dict)
+    capability: tuple[int, int] = (7, 5)
 
 
 def fake_pynvml(*cards: FakeCard, init_error: str = "", has_v2: bool = True) -> Any:
@@ -55,6 +56,7 @@ def fake_pynvml(*cards: FakeCard, init_error: str = "", has_v2: bool = True) -> 
     nvml.nvmlDeviceGetHandleByUUID = by_uuid
     nvml.nvmlDeviceGetUUID = lambda card: card.uuid
     nvml.nvmlDeviceGetName = lambda card: card.name
+    nvml.nvmlDeviceGetCudaComputeCapability = lambda card: card.capability
     nvml.nvmlDeviceGetMemoryInfo = memory
     nvml.nvmlDeviceGetComputeRunningProcesses = processes
     nvml.nvmlDeviceGetGraphicsRunningProcesses = graphics

@@ -103,6 +103,14 @@ def test_an_output_folder_that_disappears_is_a_warning_with_what_keeps_it(
     assert output_check(".", COLAB).found.startswith(str(tmp_path / default_output_dir("run1")))
 
 
+def test_a_drive_that_is_not_mounted_is_a_problem_before_the_run() -> None:
+    check = output_check("/content/drive/MyDrive/run1", COLAB)
+    assert (check.status, check.found) == (
+        "problem", "Drive is not mounted, so /content/drive/MyDrive/run1 would disappear with this session",
+    )  # fmt: skip
+    assert check.advice == 'run: from google.colab import drive; drive.mount("/content/drive")'
+
+
 @pytest.mark.parametrize(
     ("answer", "environ", "status", "said"),
     [

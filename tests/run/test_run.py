@@ -98,7 +98,7 @@ def test_a_pickled_run_holds_no_tensors_and_still_talks(finished):
 def test_repr_is_one_short_line(finished):
     assert repr(finished) == f"Run(first: done, 3 steps, loss {finished.report.steps[-1].loss:.3f})"
     assert "tensor" not in repr(finished.report)
-    assert finished._repr_html_().count("<table") == 1
+    assert finished._repr_html_().count("<table") == 3, "rows, phases and holders"
 
 
 def test_plot_is_a_png(finished):

@@ -9,7 +9,7 @@ import pytest
 from nbqlora.core import display
 from nbqlora.core.report import VramReport
 from nbqlora.core.specs import MemoryCategory as M
-from nbqlora.view.memory import bar_html, register_memory_views, vram_html, vram_text
+from nbqlora.view.memory import bar_html, meter_html, register_memory_views, vram_html, vram_text
 from nbqlora.view.palette import COLOURS, RECLAIMABLE, category_of
 
 GIB = 1 << 30
@@ -85,8 +85,8 @@ class Reader(HTMLParser):
 
 def test_the_line_of_a_card() -> None:
     assert vram_text(T4) == (
-        "vram  Tesla T4  6.1 of 14.7 GiB used · this process 5.2 · context 0.3 · cache 0.4 · other processes 0.2 "
-        "· peak 9.8 · RAM 8.1 of 12.7 free · disk 41 free"
+        "vram  Tesla T4  6.1 of 14.7 GiB used · this process 5.2 · context 0.3 · cache 0.4 (reclaimable) "
+        "· other processes 0.2 · peak 9.8 · RAM 8.1 of 12.7 free · disk 41 free"
     )
 
 
@@ -106,7 +106,7 @@ def test_the_line_during_a_run() -> None:
 
 def test_the_page_holds_the_same_figures() -> None:
     page = Reader(vram_html(T4))
-    figures = ["this process 5.2 GiB", "context 0.30 GiB", "cache 0.40 GiB", "leaked 0.02 GiB"]
+    figures = ["this process 5.2 GiB", "context 0.30 GiB", "cache 0.40 GiB, reclaimable", "leaked 0.02 GiB"]
     figures += ["other processes 0.20 GiB", "free 8.6 GiB"]
     assert page.items == figures
     assert page.label == ", ".join(figures) + "; 14.7 GiB in all"
@@ -125,13 +125,27 @@ def test_every_text_is_escaped() -> None:
 def test_the_largest_page_is_small() -> None:
     everything = dict.fromkeys(M, GIB)
     report = replace(T4, by_category=everything, used_bytes=12 * GIB, notes=("a note of a hundred letters " * 4,) * 4)
-    assert len(vram_html(report).encode()) <= 6000
+    assert len(vram_html(report).encode()) <= 7000
+    assert len(meter_html(report).encode()) <= 2500
 
 
 def test_widths_are_shares_of_the_whole() -> None:
     page = bar_html([("weights", GIB), ("nothing", 0), ("cache", 2 * GIB)], 4 * GIB)
     assert "width:25.00%" in page and "width:50.00%" in page and "nothing" not in page
     assert page.count("repeating-linear-gradient") == 2  # box and swatch of what can be reclaimed
+
+
+def test_what_a_finished_run_holds_is_reclaimable_too() -> None:
+    report = replace(T4, by_category={M.WEIGHTS: 4 * GIB, M.CACHE: GIB}, reclaimable=(M.WEIGHTS, M.CACHE))
+    assert "weights 4.0 (reclaimable) · cache 1.0 (reclaimable)" in vram_text(report)
+    assert Reader(vram_html(report)).items[:2] == ["weights 4.0 GiB, reclaimable", "cache 1.0 GiB, reclaimable"]
+    assert vram_html(report).count("repeating-linear-gradient") == 4
+
+
+def test_a_meter_is_the_line_and_a_bar_without_a_list() -> None:
+    page = Reader(meter_html(T4))
+    assert vram_text(T4) in meter_html(T4) and page.items == []
+    assert page.label.startswith("this process 5.2 GiB, context 0.30 GiB, cache 0.40 GiB, reclaimable")
 
 
 def test_a_budget_that_is_too_large() -> None:
