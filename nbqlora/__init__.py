@@ -11,38 +11,60 @@ from typing import TYPE_CHECKING, Any
 from nbqlora.core.version import __version__ as __version__
 
 __all__ = [
-    "ConfigError", "DataReport", "DoctorReport", "NbqloraError", "Plan", "Report", "Run", "VramReport", "data_report",
-    "doctor", "export_gguf", "finetune", "load", "merge", "optimize", "plan", "restore", "vram",
+    "ConfigError", "DataReport", "DoctorReport", "MemoryTable", "NbqloraError", "Plan", "Report", "Run",
+    "VramReport", "compare_widget", "data_report", "doctor", "export_gguf", "finetune", "load", "memory_table",
+    "merge", "optimize", "plan", "planner_widget", "restore", "timeline", "vram",
 ]  # fmt: skip
 
 _HOME = {
     "ConfigError": "nbqlora.core.errors",
     "DataReport": "nbqlora.core.data_report",
     "DoctorReport": "nbqlora.core.doctor",
+    "MemoryTable": "nbqlora.core.memory_table",
     "NbqloraError": "nbqlora.core.errors",
     "Plan": "nbqlora.core.plan",
     "Report": "nbqlora.core.report",
     "Run": "nbqlora.run",
     "VramReport": "nbqlora.core.report",
+    "compare_widget": "nbqlora.notebook.compare_widget",
     "data_report": "nbqlora.api",
     "doctor": "nbqlora.api",
     "export_gguf": "nbqlora.api",
     "finetune": "nbqlora.api",
     "load": "nbqlora.api",
+    "memory_table": "nbqlora.api",
     "merge": "nbqlora.api",
     "optimize": "nbqlora.api",
     "plan": "nbqlora.api",
+    "planner_widget": "nbqlora.notebook.planner_widget",
     "restore": "nbqlora.api",
+    "timeline": "nbqlora.notebook.timeline",
     "vram": "nbqlora.api",
 }
 
 if TYPE_CHECKING:
-    from nbqlora.api import data_report, doctor, export_gguf, finetune, load, merge, optimize, plan, restore, vram
+    from nbqlora.api import (
+        data_report,
+        doctor,
+        export_gguf,
+        finetune,
+        load,
+        memory_table,
+        merge,
+        optimize,
+        plan,
+        restore,
+        vram,
+    )
     from nbqlora.core.data_report import DataReport
     from nbqlora.core.doctor import DoctorReport
     from nbqlora.core.errors import ConfigError, NbqloraError
+    from nbqlora.core.memory_table import MemoryTable
     from nbqlora.core.plan import Plan
     from nbqlora.core.report import Report, VramReport
+    from nbqlora.notebook.compare_widget import compare_widget
+    from nbqlora.notebook.planner_widget import planner_widget
+    from nbqlora.notebook.timeline import timeline
     from nbqlora.run import Run
 
 

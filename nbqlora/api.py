@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from nbqlora import run as _run
 from nbqlora import view
+from nbqlora.core.config import validate
 from nbqlora.core.data_report import DataReport
 from nbqlora.core.doctor import DoctorReport
 from nbqlora.core.events import Observer
+from nbqlora.core.fit import FitReport
+from nbqlora.core.memory_table import MemoryTable
 from nbqlora.core.merged import MergeReport
 from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.report import VramReport
@@ -74,6 +77,36 @@ def plan_request(request: CellRequest, *, name: str, observe: Observer | None = 
     return _run.make_plan(request, name=name, observe=observe)
 
 
+def memory_table(max_length: int = 1024, *, card: str = "A100", **options: Any) -> MemoryTable:
+    """How much VRAM models of 1B to 70B need, by the planner's arithmetic, beside the published rule of thumb.
+
+    Minimum: the smallest ``vram_gib`` for which there is a plan with one row at a time; with nothing in host RAM, and
+    with the layers' inputs there. Recommended: the smallest with which a step takes at most 10 % longer than the
+    fastest one that any amount of memory allows, and the rows of a micro-batch then. Rows are full and learned whole.
+    Takes about a second; no model, no card and no network are needed.
+
+    Args:
+        max_length: tokens of a row.
+        card: whose kernels and speeds are taken: ``"T4"``, ``"A100"`` or ``"H100"``.
+        **options: those of :func:`finetune` that are the same for all (``lora_r``, ``optim``, ``dtype``, ...).
+
+    Returns:
+        The table: ``.rows``, ``.as_dict()``.
+
+    Raises:
+        ConfigError: everything wrong with the options, at once.
+
+    Example:
+        >>> print(nbqlora.memory_table(2048, lora_r=32))
+    """
+    from nbqlora.planner import table
+    from nbqlora.run.tables import table_fields
+
+    table.check_table(card, options)
+    asked = {**options, "model": "table", "data": "table", "max_length": max_length}
+    return table.memory_table(validate(CellRequest(options=asked), table_fields=table_fields), card)
+
+
 def data_report(**options: Any) -> DataReport:
     """What is in the training data: lengths, what is learned, cut and left out, duplicates, a preview.
 
@@ -91,6 +124,13 @@ def data_report(**options: Any) -> DataReport:
 def vram() -> VramReport:
     """Memory now: the card (or RAM), this process, RAM and disk. Never starts CUDA."""
     return probe.vram()
+
+
+def fit_request(request: CellRequest) -> FitReport:
+    """Whether a model fits this machine, without weights and without starting CUDA; ``data`` may be missing."""
+    from nbqlora.run.fit import fit
+
+    return fit(request)
 
 
 def doctor(model: str | None = None, output_dir: str = ".") -> DoctorReport:

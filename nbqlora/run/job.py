@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbqlora.core.config import FinetuneConfig
-from nbqlora.core.errors import InterruptedRunError, NonFiniteLossError
+from nbqlora.core.errors import InterruptedRunError, MemoryExhaustedError, NonFiniteLossError, clear_frames
 from nbqlora.core.events import Event, PlannedEvent, SavedEvent, StepEvent, StoppedEvent
 from nbqlora.core.plan import Replacement, SavedAdapter
 from nbqlora.core.report import Report, Status
@@ -20,9 +20,10 @@ from nbqlora.engine.packing import PackingProbe
 from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
 from nbqlora.hub.load import load
-from nbqlora.memory.peak import PeakMeter
+from nbqlora.planner.limits import usable_host_bytes
 from nbqlora.run.copies import Copies
 from nbqlora.run.history import unpack_events
+from nbqlora.run.holdings import hold, profile_on
 from nbqlora.run.journal import Journal
 from nbqlora.run.keeping import reload_adapter, save_somewhere
 from nbqlora.run.layout import probe_loaded, settle
@@ -31,7 +32,7 @@ from nbqlora.run.look import Look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import Beginning, begin, resumed
 from nbqlora.run.saver import Saver, keep_limit, training_state
-from nbqlora.run.session import Session, clear_frames, collect
+from nbqlora.run.session import Session, collect
 from nbqlora.run.versions import versions
 from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
@@ -59,8 +60,8 @@ class Job:
         again: Callable[..., Run],
     ) -> None:
         self._config, self._name, self._how, self._again = config, name, how, again
-        self.session, self._journal = Session(), journal
-        self._peak_bytes = 0
+        self.session, self._journal = Session(name, busy=True), journal
+        self._peak_bytes, self._profile = 0, profile_on(beginning.plan.device)
         self._replacements: tuple[Replacement, ...] = ()
         self._begins_after = 0
         self._take(seen, beginning)
@@ -83,13 +84,14 @@ class Job:
 
     def do(self) -> Run:
         """Load, train, save, report."""
-        self._load()
-        try:
-            with self._stop:
-                report = self._trained()
-        except BaseException:
-            self._copies.wait()
-            raise
+        with self._profile:
+            self._load()
+            try:
+                with self._stop:
+                    report = self._trained()
+            except BaseException:
+                self._copies.wait()
+                raise
         reload = partial(reload_adapter, self._config, self.plan, self._seen.location, self._seen.tokenizer)
         again = partial(self._again, name=self._name, resume=True, how=self._how)
         return Run(report=report, config=self._config, session=self.session, reload=reload, again=again)
@@ -108,7 +110,9 @@ class Job:
 
     def _prepare(self) -> None:
         """Fused layers, the loss, and what stands on the model, listed."""
-        self._replacements = prepare(self._loaded(), self.plan)
+        loaded = self._loaded()
+        self._replacements = prepare(loaded, self.plan)
+        hold(self._profile, loaded)
 
     def _check_layout(self, found: PackingProbe) -> None:
         """Pad the rows, and plan again, where the loaded model mixes documents that its miniature kept apart."""
@@ -123,11 +127,13 @@ class Job:
 
     def _trained(self) -> Report:
         """Train, then save, whatever happened; what is written is held against further interrupts."""
-        failure: NonFiniteLossError | KeyboardInterrupt | None = None
+        failure: NonFiniteLossError | MemoryExhaustedError | KeyboardInterrupt | None = None
         try:
             if self._begins_after < self.plan.total_steps:
                 self._train()
-        except (NonFiniteLossError, KeyboardInterrupt) as error:
+        except (NonFiniteLossError, MemoryExhaustedError, KeyboardInterrupt) as error:
+            if isinstance(error, MemoryExhaustedError) and not error.adapter_is_whole:
+                raise
             clear_frames(error)
             failure = error
         stopped = [e.reason for e in self._journal.events if isinstance(e, StoppedEvent)]
@@ -146,7 +152,7 @@ class Job:
 
     def _checkpoint_now(self, state: TrainingState) -> None:
         told = len(self._journal.events)
-        with self._stop.held():
+        with self._stop.held(), self._profile.within("save"):
             self._saver(state)
             self._copies.saved(self._journal.events[told:])
 
@@ -155,32 +161,33 @@ class Job:
         return self.session.loaded
 
     def _train(self) -> None:
-        loaded, plan = self._loaded(), self.plan
-        peak, evaluation = PeakMeter(plan.device.kind), self._seen.evaluation
-        trainer, events = self._trainer(loaded, peak)
+        loaded, profile, evaluation = self._loaded(), self._profile, self._seen.evaluation
+        trainer, events = self._trainer(loaded)
         if evaluation is not None and self._checkpoint is None:
             self._journal.note(f"first evaluating {evaluation.stats.n_rows} rows, to compare with")
         try:
-            peak.start()
+            profile.start("load")
             if self._checkpoint is None:
                 trainer.train()
             else:
                 trainer.go_on(training_state(self._checkpoint))
             events.flush()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MemoryExhaustedError):
             events.flush()  # what the adapter holds must be told before it is saved
             raise
         finally:
-            peak.stop()
-            self._peak_bytes = peak.read()
+            profile.stop()
+            self._peak_bytes = profile.read()
             trainer.release()
             loaded.release()
             restore(loaded.model)
             collect()
+            hold(profile, loaded)
 
-    def _trainer(self, loaded: LoadedModel, peak: PeakMeter) -> tuple[QLoraTrainer, EventCallback]:
+    def _trainer(self, loaded: LoadedModel) -> tuple[QLoraTrainer, EventCallback]:
         from nbqlora.train.arguments import trainer_arguments
         from nbqlora.train.events import EventCallback, StepMeter
+        from nbqlora.train.phases import PhaseCallback
         from nbqlora.train.trainer import QLoraTrainer
 
         meter, evaluation = StepMeter(), self._seen.evaluation
@@ -188,7 +195,7 @@ class Job:
             emit=self._step,
             meter=meter,
             stop=self._stop,
-            peak=peak.read,
+            peak=self._profile.read,
             clock=self._journal.clock,
             save_seconds=self._config.save_minutes * 60,
         )
@@ -200,7 +207,10 @@ class Job:
             meter=meter,
             find_rows=self._seen.train.find_rows,
             save_state=self._checkpoint_now,
-            callbacks=[events],
+            enter=self._profile.enter,
+            ram_bytes=usable_host_bytes(self._config, self.plan.device),
+            tell_short=events.out_of_memory,
+            callbacks=[events, PhaseCallback(self._profile.enter, partial(hold, self._profile, loaded))],
         )
         return trainer, events
 
@@ -216,6 +226,7 @@ class Job:
         if not steps:
             return None
         self._journal.phase("save")
+        self._profile.start("save")
         loaded = self._loaded()
         saved = save_somewhere(loaded, self._seen.work_dir, self._config.model, self._journal.note)
         event = SavedEvent(
@@ -227,12 +238,13 @@ class Job:
     def _finish(self, status: Status, saved: SavedAdapter | None, reason: str = "") -> Report:
         report = Report(
             name=self._name,
-            plan=self.plan,
+            plan=self._loaded().plan or self.plan,
             status=status,
             reason=reason,
             events=tuple(self._journal.events),
             tokens_per_second=self._journal.tokens_per_second(),
             measured_peak_bytes=self._peak_bytes,
+            memory=self._profile.snapshot(),
             seconds=self._journal.clock(),
             adapter=saved,
             replacements=self._replacements,

@@ -47,7 +47,7 @@ class Run:
     ) -> None:
         self.report = report
         self.config = config
-        self._session = session
+        self._session, session.busy = session, False
         self._reload = reload
         self._again = again
         self._folder = Path.cwd()
@@ -247,7 +247,7 @@ class Run:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._session = Session()
+        self._session = Session(self.report.name)
 
     def __repr__(self) -> str:
         return repr(self.report).replace("Report(", "Run(", 1)

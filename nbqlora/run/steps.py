@@ -8,22 +8,32 @@ Magic, API and shell all come through :func:`finetune`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nbqlora.core.config import FinetuneConfig, validate
-from nbqlora.core.errors import DoesNotFitError, InterruptedRunError, NbqloraError, NonFiniteLossError
-from nbqlora.core.events import DataEvent, Observer, PlannedEvent, SavedEvent
+from nbqlora.core.errors import (
+    DoesNotFitError,
+    InterruptedRunError,
+    MemoryExhaustedError,
+    NbqloraError,
+    NonFiniteLossError,
+    clear_frames,
+)
+from nbqlora.core.events import DataEvent, Event, Observer, PlannedEvent, SavedEvent
 from nbqlora.core.plan import Plan
 from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import format_bytes
 from nbqlora.engine.quiet import quiet_libraries
+from nbqlora.run.exhausted import with_what_fits
 from nbqlora.run.job import Job
 from nbqlora.run.journal import Journal
 from nbqlora.run.look import look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import begin, laid_out_then
-from nbqlora.run.session import clear_frames, free_all
+from nbqlora.run.session import free_all
 from nbqlora.run.tables import table_fields
 
 
@@ -81,12 +91,9 @@ def finetune_config(config: FinetuneConfig, observe: Observer | None, *, name: s
         if job is None:
             raise
         failure = DoesNotFitError(_out_of_memory(job.plan, error) + job.hint())
-    except (NonFiniteLossError, InterruptedRunError) as error:
-        clear_frames(error)
-        failure = type(error)(f"{error}{job.hint() if job else ''}")
     except NbqloraError as error:
         clear_frames(error)
-        failure = error.with_traceback(None)
+        failure = _with_advice(error, config, job, journal.events).with_traceback(None)
     except KeyboardInterrupt as error:
         clear_frames(error)
         failure = InterruptedRunError(_interrupted(journal) + (job.hint() if job else ""))
@@ -112,6 +119,17 @@ def _planned(config: FinetuneConfig, journal: Journal, *, name: str, resume: boo
     job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config)
     journal.emit(PlannedEvent(plan=beginning.plan, elapsed_seconds=journal.clock()))
     return job
+
+
+def _with_advice(error: NbqloraError, config: FinetuneConfig, job: Job | None, events: Sequence[Event]) -> NbqloraError:
+    """The error of a run that began, with what to do now; any other as it is."""
+    if job is None:
+        return error
+    if isinstance(error, MemoryExhaustedError):
+        return with_what_fits(error, config, job.plan, events, job.hint())
+    if isinstance(error, NonFiniteLossError | InterruptedRunError):
+        return type(error)(f"{error}{job.hint()}")
+    return error
 
 
 def _interrupted(journal: Journal) -> str:

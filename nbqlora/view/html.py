@@ -9,9 +9,11 @@ from nbqlora.core.plan import Plan
 from nbqlora.core.report import Comparison, Report
 from nbqlora.core.units import format_bytes
 from nbqlora.view import text
+from nbqlora.view.measured import LABELS, measured_html
 from nbqlora.view.memory import bar_html
 
 _CELL = "text-align:left;vertical-align:top;padding:2px 12px 2px 0"
+_ANSWER = f"{_CELL};max-width:320px;overflow-wrap:anywhere"
 
 
 def plan_html(plan: Plan) -> str:
@@ -25,8 +27,10 @@ def plan_html(plan: Plan) -> str:
 
 
 def report_html(report: Report) -> str:
-    """Title and rows."""
-    return block(text.report_title(report), rows_html(text.report_rows(report)))
+    """Title and rows, and tables of its memory."""
+    rows = [r for r in text.report_rows(report) if r[0] not in LABELS]
+    memory = "" if report.memory is None else measured_html(report.memory, report.plan.budget)
+    return block(text.report_title(report), rows_html(rows) + memory)
 
 
 def rows_html(rows: Iterable[text.Row]) -> str:
@@ -43,7 +47,7 @@ def comparison_html(comparison: Comparison) -> str:
     """One row a prompt, base and tuned side by side."""
     head = "".join(f'<th scope="col" style="{_CELL}">{h}</th>' for h in ("prompt", "base", "tuned"))
     rows = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL};max-width:320px">{_lines(cell)}</td>' for cell in row) + "</tr>"
+        "<tr>" + "".join(f'<td style="{_ANSWER}">{_lines(cell)}</td>' for cell in row) + "</tr>"
         for row in comparison.rows
     )
     return f'<table style="border-collapse:collapse;font-size:13px"><tr>{head}</tr>{rows}</table>'

@@ -13,6 +13,7 @@ from nbqlora.core.events import (
     EvalEvent,
     Event,
     NoteEvent,
+    OomEvent,
     PhaseEvent,
     PlannedEvent,
     SavedEvent,
@@ -23,6 +24,7 @@ from nbqlora.core.plan import Plan
 from nbqlora.core.report import Comparison, Report
 from nbqlora.core.saving import SavingNeeds
 from nbqlora.core.units import format_bytes, format_count, format_minutes, format_seconds
+from nbqlora.view.measured import measured_rows
 
 Row = tuple[str, str, str]
 VALUE_WIDTH = 38
@@ -112,12 +114,27 @@ def report_rows(report: Report) -> list[Row]:
     if report.measured_peak_bytes:
         planned = f"the plan said {format_bytes(report.predicted_peak_bytes)}"
         rows.append(("peak", format_bytes(report.measured_peak_bytes), planned))
+    if report.memory is not None:
+        rows += measured_rows(report.memory, report.plan.budget)
+    rows += _shortages(report)
     if report.adapter:
         rows.append(("adapter", report.adapter.path, format_bytes(report.adapter.n_bytes)))
     rows += [("left as is", r.path, r.because) for r in report.replacements if not r.new]
     # The layers' policies stand in the plan.
     rows += [("engine", f"{r.path}: {r.new}", r.because) for r in report.replacements if r.new and r.old != "keep"]
     return rows
+
+
+def _shortages(report: Report) -> list[Row]:
+    """Where memory ran out, one row for each thing that was done about it."""
+    found: dict[str, list[OomEvent]] = {}
+    for event in report.events:
+        if isinstance(event, OomEvent):
+            found.setdefault(event.action, []).append(event)
+    return [
+        ("memory", f"ran out {len(of)} time{'s' if len(of) > 1 else ''}, step {of[0].step} ({of[0].phase})", action)
+        for action, of in found.items()
+    ]
 
 
 def report_text(report: Report) -> str:
@@ -160,6 +177,9 @@ def event_line(event: Event) -> str:
             return f"  saved {event.path} ({format_bytes(event.n_bytes)})"
         case StoppedEvent():
             return f"  stopped after step {event.step}: {event.reason}"
+        case OomEvent():
+            asked = f", {format_bytes(event.asked_bytes)} asked for" if event.asked_bytes else ""
+            return f"  memory ran out in step {event.step} ({event.phase}{asked}): {event.action}"
         case NoteEvent():
             return f"  {event.text}"
         case _:
