@@ -63,10 +63,12 @@ class Requantizer:
             packed[begin // 2 : begin // 2 + part.numel()] = part.view(-1).cpu()
             absmax[begin // BLOCK : begin // BLOCK + state.absmax.numel()] = state.absmax.cpu()
             code = state.code.cpu()
-        offset = absmax.mean()
-        nested, outer = quantize_blockwise(absmax.sub_(offset), blocksize=NESTED)
-        return Nf4(packed=packed, absmax=nested.view(-1), code=code, n_rows=n_rows, n_cols=n_cols,
-                   nested_absmax=outer.absmax, nested_code=outer.code, offset=offset)  # fmt: skip
+        # Where loading does it: a sum of many numbers depends on their order, and a card's order is another.
+        scales = absmax.to(self._device)
+        offset = scales.mean()
+        nested, outer = quantize_blockwise(scales.sub_(offset), blocksize=NESTED)
+        return Nf4(packed=packed, absmax=nested.view(-1).cpu(), code=code, n_rows=n_rows, n_cols=n_cols,
+                   nested_absmax=outer.absmax.cpu(), nested_code=outer.code.cpu(), offset=offset.cpu())  # fmt: skip
 
     def _at_once(self, name: str) -> Nf4:
         """A weight that is not whole blocks: small and rare, so packed in one piece."""

@@ -28,7 +28,7 @@ from nbqlora.memory.host import cpu_cores_text
 from nbqlora.memory.trial import read_trial, start_trial
 from nbqlora.memory.versions import installed_version, libraries_check, restart_check, torchao_check
 from nbqlora.memory.working import bitsandbytes_check, torch_check, triton_check
-from nbqlora.run.places import default_output_dir, ephemeral_note
+from nbqlora.run.places import default_output_dir, drive_problem, ephemeral_note
 
 FRONT_END = ("IPython", "ipykernel", "ipywidgets")
 
@@ -99,6 +99,9 @@ def output_check(output_dir: str | os.PathLike[str], environ: Mapping[str, str])
     """Where a run would write: may it, is there room, and will it stay."""
     by_default = os.fspath(output_dir) == "."
     folder = Path(default_output_dir("run1") if by_default else output_dir).expanduser().absolute()
+    drive = drive_problem(folder, environ)
+    if drive is not None:
+        return Check(name="output", status="problem", found=drive.message, advice=drive.hint)
     check = room.disk_check(
         "output",
         folder,

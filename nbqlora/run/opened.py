@@ -24,6 +24,7 @@ from nbqlora.hub.requantize import Requantizer, quantized_linears
 from nbqlora.hub.stored import StoredTensors, open_model
 from nbqlora.memory.allowance import Allowance, Workspace
 from nbqlora.memory.host import read_host
+from nbqlora.memory.workspaces import free_workspaces
 from nbqlora.run.sources import MergeSource
 
 BASES = ("original", "nf4")
@@ -67,15 +68,18 @@ def opened(source: MergeSource, base: str, share: float, spill_at: Path, *, keep
     with _workspace(spill_at, allowance, keep_folder) as workspace:
         weights = _base(source, base, stored, device, allowance, workspace)
         model = MergedModel(source.folder, weights, adapters, piece_bytes=allowance.piece_bytes)
-        yield Opened(
-            stored=stored,
-            base=weights,
-            adapters=adapters,
-            model=model,
-            device=device,
-            allowance=allowance,
-            workspace=workspace,
-        )
+        try:
+            yield Opened(
+                stored=stored,
+                base=weights,
+                adapters=adapters,
+                model=model,
+                device=device,
+                allowance=allowance,
+                workspace=workspace,
+            )
+        finally:
+            free_workspaces()
 
 
 def check_base(source: MergeSource, base: str) -> None:

@@ -52,15 +52,23 @@ def is_binder(environ: Mapping[str, str]) -> bool:
 
 
 def check_drive(output_dir: Path, environ: Mapping[str, str], drive: Path = DRIVE) -> None:
-    """Raise :class:`ConfigError` where Drive is meant and not mounted: its folder would be one of this machine's.
+    """Raise :class:`ConfigError` where :func:`drive_problem` finds one."""
+    problem = drive_problem(output_dir, environ, drive)
+    if problem is not None:
+        raise ConfigError([problem])
+
+
+def drive_problem(output_dir: Path, environ: Mapping[str, str], drive: Path = DRIVE) -> Problem | None:
+    """What is wrong where Drive is meant and not mounted: its folder would be one of this machine's.
 
     Args:
         output_dir: an absolute path.
         drive: where Drive is mounted.
     """
-    if is_colab(environ) and output_dir.is_relative_to(drive) and not os.path.ismount(drive):
-        message = f"Drive is not mounted, so {output_dir} would disappear with this session"
-        raise ConfigError([Problem(key="output_dir", message=message, hint=MOUNT_DRIVE)])
+    if not is_colab(environ) or not output_dir.is_relative_to(drive) or os.path.ismount(drive):
+        return None
+    message = f"Drive is not mounted, so {output_dir} would disappear with this session"
+    return Problem(key="output_dir", message=message, hint=MOUNT_DRIVE)
 
 
 def stays(folder: Path, environ: Mapping[str, str]) -> bool | None:

@@ -9,6 +9,7 @@ import torch
 
 from nbqlora.hub.merge_journal import damage
 from nbqlora.hub.stored import open_model
+from nbqlora.memory.workspaces import free_workspaces
 from nbqlora.run.merging import MergeSettings, merge
 from nbqlora.run.sources import MergeSource
 from tests.hub.merging import save_base, save_lora
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.gpu
 MIB = 1 << 20
 
 
-def merged(base: Path, adapter: Path, target: Path, **settings: object) -> Path:
-    source = MergeSource(folder=base, adapters=(adapter,), dtype="bf16", model=settings.pop("model", None))
+def merged(folder: Path, adapter: Path, target: Path, **settings: object) -> Path:
+    source = MergeSource(folder=folder, adapters=(adapter,), dtype="bf16", model=settings.pop("model", None))
     report = merge(source, target, MergeSettings(**{"check": False, **settings}))
     assert report.device.startswith("cuda") and damage(target) == ""
     return target
@@ -43,6 +44,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_it_takes_little_of_the_card(wide, tmp_path):
     base, adapter = wide
+    free_workspaces()  # those of other tests: merging gives back all there are
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     for kind in ("original", "nf4"):
