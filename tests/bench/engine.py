@@ -10,10 +10,12 @@ STACK is
 - ``hf`` (transformers, PEFT, bitsandbytes), ``liger`` (the same with Liger's kernels), ``unsloth``: the peers.
 
 All train LoRA on the seven linears of each layer. A peer has bitsandbytes' AdamW8bit, the one it is used with, unless
-``--optim`` says otherwise; ``--policy full`` is its own checkpointing. ``tok_s`` is the tokens of a step over the
-median of the measured steps, each timed between two waits for the card (``finetune``: what its step events say, the
-time from one step's end to the next). ``peak_gib`` is what was allocated at most since before the first step, so that a
-graph's capture is counted.
+``--optim`` says otherwise; ``--policy full`` is its own checkpointing. ``--policy auto`` (ours alone) is the plan's mix
+within ``--vram-gib`` and ``--ram-gib``; ``--ballast-gib`` leaves so much of the card free, as a smaller one has.
+
+``tok_s`` is the tokens of a step over the median of the measured steps, each timed between two waits for the card
+(``finetune``: what its step events say, the time from one step's end to the next). ``peak_gib`` is what was allocated
+at most since before the first step, so that a graph's capture is counted.
 
 ``tests/bench/compare.py`` runs several, ``tests/bench/make_model.py`` makes a MODEL.
 """
@@ -26,6 +28,7 @@ import os
 import platform
 import sys
 import traceback
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
+    from nbqlora.core.plan import Plan
     from tests.bench.measured import Measured
 
 OURS, PEERS = ("loop", "finetune"), ("hf", "liger", "unsloth")
@@ -56,7 +60,9 @@ class Workload:
 
     Args:
         seq, bs: tokens of a row, rows of a step.
-        policy: ``none`` keeps what the backward needs, ``full`` recomputes each layer.
+        policy: ``none`` keeps what the backward needs, ``full`` recomputes each layer, ``auto`` is the plan's.
+        vram_gib, ram_gib: what the plan may take; None for what there is.
+        ballast_gib: what is left free of the card, the rest is held by another process.
         steps, warmup: steps that are measured, and steps before them.
         packing: rows as packs; ``finetune`` only.
         profile: one more step, with the card's kernels listed.
@@ -68,6 +74,9 @@ class Workload:
     seq: int
     bs: int
     policy: str = "none"
+    vram_gib: float | None = None
+    ram_gib: float | None = None
+    ballast_gib: float | None = None
     dtype: str = "bf16"
     r: int = 16
     optim: str = "adamw_torch_fused"
@@ -86,7 +95,10 @@ def workload_of(arguments: list[str]) -> tuple[Workload, Path | None]:
     parser.add_argument("model", type=Path, help="a folder that make_model.py made")
     parser.add_argument("--seq", type=int, required=True)
     parser.add_argument("--bs", type=int, required=True)
-    parser.add_argument("--policy", choices=("none", "full"), default="none")
+    parser.add_argument("--policy", choices=("none", "full", "offload", "auto"), default="none")
+    parser.add_argument("--vram-gib", type=float, help="what a plan may take of the card")
+    parser.add_argument("--ram-gib", type=float, help="what a plan may take of the host")
+    parser.add_argument("--ballast-gib", type=float, help="leave only so much of the card free")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--optim", choices=("adamw_torch_fused", "adamw_8bit"))
@@ -103,6 +115,8 @@ def workload_of(arguments: list[str]) -> tuple[Workload, Path | None]:
     given["steps"] = given["steps"] or (18 if given["stack"] == "finetune" else 8)
     if given["packing"] and given["stack"] != "finetune":
         parser.error("--packing is for finetune")
+    if given["stack"] in PEERS and (given["policy"] not in ("none", "full") or given["vram_gib"] or given["ram_gib"]):
+        parser.error("a plan is ours alone")
     return Workload(**given), out
 
 
@@ -126,8 +140,22 @@ def line_of(workload: Workload, found: Measured) -> dict[str, Any]:
         "first_s": round(found.seconds[0], 2),
         "second_s": round(found.seconds[1], 2),
         "loss": [round(found.losses[0], 4), round(found.losses[-1], 4)],
+        **({} if found.plan is None else planned(found.plan)),
         **({"launches": found.launches, "busy_ms": round(found.busy_ms, 1)} if workload.profile else {}),
         "card": torch.cuda.get_device_name() if on_card else f"CPU, {platform.machine()}",
+    }
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """What the plan said."""
+    layers = Counter(policy.value for policy in plan.layer_policies)
+    return {
+        "planned_gib": gib(plan.predicted_peak_bytes),
+        "planned_step_ms": None if plan.step_seconds is None else round(1e3 * plan.step_seconds, 1),
+        "layers": dict(layers),
+        "mlp_tile_tokens": plan.mlp_tile_tokens,
+        "host_gib": gib(plan.host_bytes),
+        "loss_chunk_tokens": plan.loss_chunk_tokens,
     }
 
 
@@ -167,9 +195,11 @@ def main(arguments: list[str]) -> int:
     try:
         if workload.stack == "unsloth":
             import unsloth  # noqa: F401  (wants to be the first to import torch)
+        from tests.bench.ballast import ballast
         from tests.bench.stacks import measure
 
-        line = line_of(workload, measure(workload))
+        with ballast(workload.ballast_gib or 0.0):
+            line = line_of(workload, measure(workload))
     except Exception as error:  # a peer's may be any
         traceback.print_exc()
         if workload.turns is not None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from nbqlora.core.plan import Plan
 
 # Kernels that a profile lists.
 LISTED = 24
@@ -14,7 +17,7 @@ LISTED = 24
 
 @dataclass
 class Measured:
-    """Figures of a run: seconds and losses by step, the first one included."""
+    """Figures of a run: seconds and losses by step, the first one included; what was planned, if anything was."""
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -23,6 +26,7 @@ class Measured:
     peak_bytes: int = 0
     launches: int = 0
     busy_ms: float = 0.0
+    plan: Plan | None = None
 
 
 def device() -> torch.device:

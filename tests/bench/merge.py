@@ -1,10 +1,12 @@
 """Merging a model of a real shape: seconds, bandwidth beside the disk's own, and the RAM that it takes.
 
-    python tests/bench/merge.py llama-8b FOLDER [--base nf4] [--maximum-memory-usage 0.001] [--no-check] [--out FILE]
+    python tests/bench/merge.py llama-8b FOLDER [--base nf4] [--maximum-memory-usage 0.001] [--no-check]
+        [--ballast-gib 2] [--out FILE]
 
 The base is written with random weights in bf16 (kept in FOLDER for the next call), the adapter with rank 16 on all
 linears. The merge runs in a process of its own; its RAM is the peak of ``VmHWM`` over what it was once everything was
-imported. The disk's bandwidth is that of a plain write of 4 GB with fsync, just before.
+imported. The disk's bandwidth is that of a plain write of 4 GB with fsync, just before. On a card, its memory is what
+torch allocated at most; ``--ballast-gib`` leaves so much of the card free, the rest is held by another process.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from nbqlora.hub.atomic import write_json
 from nbqlora.hub.shards import Entry, index_of, plan_shards, write_shard
+from tests.bench.ballast import ballast
 from tests.bench.make_model import SHAPES, save_tokenizer
 
 LORA_RANK = 16
@@ -45,6 +48,8 @@ source = MergeSource(folder=Path(base), adapters=(Path(adapter),), dtype="bf16")
 report = merge(source, Path(target), MergeSettings(check=False, **settings))
 seconds, grown = time.time() - begun, peak() - before
 told = {"merge_seconds": seconds, "merge_ram_bytes": grown, **report.as_dict()}
+if torch.cuda.is_available():
+    told |= {"card": torch.cuda.get_device_name(), "vram_bytes": torch.cuda.max_memory_allocated()}
 if check:  # the same merge again: nothing is written, and the check runs
     begun = time.time()
     report = merge(source, Path(target), MergeSettings(**settings))
@@ -137,6 +142,7 @@ def main() -> None:
     parser.add_argument("--base", default="original")
     parser.add_argument("--maximum-memory-usage", type=float, default=0.9)
     parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--ballast-gib", type=float, default=0.0, help="leave only so much of the card free")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     base = asked.folder / asked.shape.replace(":", "-")
@@ -147,16 +153,18 @@ def main() -> None:
     settings = {"base": asked.base, "maximum_memory_usage": asked.maximum_memory_usage, "check": not asked.no_check}
     target = asked.folder / f"{base.name}-merged"
     arguments = json.dumps([str(base), str(asked.folder / f"{base.name}-adapter"), str(target), settings])
-    done = subprocess.run([sys.executable, "-c", MERGE, arguments], capture_output=True, text=True)
+    with ballast(asked.ballast_gib):
+        done = subprocess.run([sys.executable, "-c", MERGE, arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     told = json.loads(done.stdout.splitlines()[-1])
     rate = n_bytes / told["merge_seconds"]
     line = {
-        "shape": asked.shape, **settings, "n_bytes": n_bytes, "disk_bytes_per_second": disk,
-        "bytes_per_second": rate, "share_of_disk": rate / disk, "command": " ".join(["python", *sys.argv]),
+        "shape": asked.shape, **settings, "ballast_gib": asked.ballast_gib, "n_bytes": n_bytes,
+        "disk_bytes_per_second": disk, "bytes_per_second": rate, "share_of_disk": rate / disk,
+        "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
-        **{k: v for k, v in told.items() if k not in ("path", "base", "dtype", "n_bytes", "device")},
+        **{k: v for k, v in told.items() if k not in ("path", "base", "dtype", "n_bytes")},
     }  # fmt: skip
     for name, value in line.items():
         print(f"{name:24} {value}")

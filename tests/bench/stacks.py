@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from tests.bench.make_model import VOCAB
 from tests.bench.measured import Measured, allocated, begin_profile, device, end_profile, wait
 from tests.bench.turns import my_turn
-from tests.bench.users_path import finetune
+from tests.bench.users_path import finetune, limits
 
 if TYPE_CHECKING:
     from tests.bench.engine import Workload
@@ -34,10 +35,11 @@ def measure(workload: Workload) -> Measured:
 def _steps(workload: Workload) -> Measured:
     """Random tokens, all of them learned, a batch a step."""
     began: list[float] = []
-    make = {"loop": _loop, "hf": _hf, "liger": _liger, "unsloth": _unsloth}[workload.stack]
+    found = Measured()
+    make = {"loop": partial(_loop, found=found), "hf": _hf, "liger": _liger, "unsloth": _unsloth}[workload.stack]
     step = make(workload, lambda: began.append(time.perf_counter()))
     wait()
-    found = Measured(load_seconds=time.perf_counter() - began[0])
+    found.load_seconds = time.perf_counter() - began[0]
     my_turn(workload.turns, workload.of)
     gc.collect()
     if torch.cuda.is_available():
@@ -66,7 +68,7 @@ def _steps(workload: Workload) -> Measured:
     return found
 
 
-def _loop(workload: Workload, begin: Begin) -> Step:
+def _loop(workload: Workload, begin: Begin, *, found: Measured) -> Step:
     import nbqlora
     import nbqlora.run.loading
 
@@ -81,7 +83,9 @@ def _loop(workload: Workload, begin: Begin) -> Step:
         lora_alpha=workload.r,
         lora_dropout=0.0,
         target_modules=LINEARS,
+        **limits(workload),
     )
+    found.plan = loaded.plan
     loaded.model.train()
     optimizer = loaded.optimizer(learning_rate=RATE, optim=workload.optim)
     return lambda ids: loaded.train_step(optimizer, input_ids=ids, labels=ids)

@@ -54,6 +54,12 @@ class _Watch:
             self._profiler = None
 
 
+def limits(workload: Workload) -> dict[str, Any]:
+    """What the workload says of memory, as options."""
+    given = {"vram_gib": workload.vram_gib, "ram_gib": workload.ram_gib}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def finetune(workload: Workload) -> Measured:
     """Run it."""
     import nbqlora
@@ -78,6 +84,8 @@ def finetune(workload: Workload) -> Measured:
             lora_r=workload.r,
             lora_alpha=workload.r,
             **layout,
+            **limits(workload),
         )
+        found.plan = run.plan
         run.free()
     return found
