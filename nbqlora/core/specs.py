@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from nbqlora.core.saving import Room
 
@@ -189,6 +189,20 @@ class DataStats:
     layout: BatchLayout = BatchLayout.PADDED
     layout_because: str = ""
     fingerprint: str = ""
+
+    @classmethod
+    def full(cls, n_rows: int, tokens: int, **more: Any) -> DataStats:
+        """Rows of one length, all of them learned: what is planned for where nothing was read."""
+        n = n_rows * tokens
+        return cls(
+            n_rows=n_rows,
+            n_sequences=n_rows,
+            n_tokens=n,
+            n_supervised_tokens=n,
+            max_tokens=tokens,
+            percentiles=(tokens,) * 5,
+            **more,
+        )
 
     @property
     def mean_tokens(self) -> float:

@@ -183,11 +183,15 @@ class Attended:
         return dq + 4 * self.heads * (self.tokens + more) + self._expanded(self.tokens)
 
     def _efficient_backward(self) -> int:
-        """Expanded keys and values, their gradients, and dq in fp32 at each document's longest length."""
+        """Expanded keys and values, their gradients, and dq in fp32 at each document's longest length.
+
+        The gradients of k and v are made when the operator is done with these, unless parts of them are there already.
+        """
         whole = 4 * self.q * self.documents * self.longest
         one_group = whole * self.head_dim // self.kv
         workspace = min(whole, max(EFFICIENT_WORKSPACE_BYTES, one_group))
-        return 2 * self._expanded(self.tokens) + workspace + 2 * self._placed()
+        later = 2 * self.kv * self.c * self.tokens if self.kv < self.q and workspace == whole else 0
+        return 2 * self._expanded(self.tokens) + workspace + 2 * self._placed() - later
 
 
 def _up(n: int, step: int) -> int:

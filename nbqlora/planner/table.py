@@ -9,7 +9,7 @@ from typing import Any
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, Problem
 from nbqlora.core.memory_table import MemoryRow, MemoryTable
-from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
+from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.known import CARDS, CONTEXT_BYTES, PLENTY_BYTES, SHAPES, device_of, model_of
@@ -70,16 +70,7 @@ def check_table(card: str, options: Mapping[str, Any]) -> None:
 
 def full_rows(max_length: int) -> DataStats:
     """Rows of one length, all of them learned."""
-    n = 1024
-    return DataStats(
-        n_rows=n,
-        n_sequences=n,
-        n_tokens=n * max_length,
-        n_supervised_tokens=n * max_length,
-        max_tokens=max_length,
-        percentiles=(max_length,) * 5,
-        layout=BatchLayout.PADDED,
-    )
+    return DataStats.full(1024, max_length)
 
 
 def _row(name: str, config: FinetuneConfig, device: DeviceSpec, dtype: str) -> MemoryRow:

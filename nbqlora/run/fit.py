@@ -66,17 +66,8 @@ def _planned(config: FinetuneConfig, device: DeviceSpec, has_data: bool) -> Plan
 
 
 def _assumed(config: FinetuneConfig) -> DataStats:
-    n = config.max_length
     layout = BatchLayout.PACKED if config.packing in (True, "auto") else BatchLayout.PADDED
-    return DataStats(
-        n_rows=ASSUMED_ROWS,
-        n_sequences=ASSUMED_ROWS,
-        n_tokens=ASSUMED_ROWS * n,
-        n_supervised_tokens=ASSUMED_ROWS * n,
-        max_tokens=n,
-        percentiles=(n, n, n, n, n),
-        layout=layout,
-    )
+    return DataStats.full(ASSUMED_ROWS, config.max_length, layout=layout)
 
 
 def _lines(told: list[str], has_data: bool, device: DeviceSpec) -> tuple[str, ...]:

@@ -71,13 +71,4 @@ def _full_rows(config: FinetuneConfig) -> DataStats:
     """One step's rows, all of them full: what a loop will bring is not known."""
     rows = config.per_device_train_batch_size or config.effective_batch_size or 1
     rows *= config.gradient_accumulation_steps or 1
-    n = config.max_length
-    return DataStats(
-        n_rows=rows,
-        n_sequences=rows,
-        n_tokens=rows * n,
-        n_supervised_tokens=rows * n,
-        max_tokens=n,
-        percentiles=(n, n, n, n, n),
-        source="rows of a loop",
-    )
+    return DataStats.full(rows, config.max_length, source="rows of a loop")

@@ -72,7 +72,7 @@ def attempt(work: Callable[[], T], device: torch.device, *, phase: str = "") -> 
     try:
         return work()
     except (MemoryError, RuntimeError) as error:
-        found = _out_of_memory(error)
+        found = out_of_memory(error)
         if found is None:
             raise
         shortage = _shortage(found, phase or (BACKWARD if _in_backward(error) else FORWARD))
@@ -81,11 +81,6 @@ def attempt(work: Callable[[], T], device: torch.device, *, phase: str = "") -> 
         torch.cuda.set_stream(stream)  # a capture that ended in an error leaves its own
         torch.cuda.synchronize(device)  # what was launched before still reads what is about to be dropped
     return shortage
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what led to it, is memory that could not be had."""
-    return _out_of_memory(error) is not None
 
 
 def asked_bytes(error: BaseException) -> int | None:
@@ -102,7 +97,8 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: BaseException) -> BaseException | None:
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """Of this error and what led to it, the one that is memory which could not be had; None where none is."""
     return next((e for e in _chain(error) if _says_so(e)), None)
 
 

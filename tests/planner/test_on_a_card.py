@@ -85,5 +85,4 @@ def test_a_layer(kernel: Kernel, layout: BatchLayout, shape: dict[str, int], tmp
                 sizes = storage_bytes(t for name, t in kept.items() if name not in ("attention_1", "attention_2"))
                 assert sizes == planned.kept_bytes(policy), policy
                 expected = backward_peak(planned, policy, last=True, tile_tokens=tile)
-                # Too high by up to 5.2 %, where a narrow layer's attention is its peak (H100, memory-efficient kernel).
-                assert 0.99 * found <= expected <= 1.06 * found, (policy, tile, expected / found)
+                assert 0.99 * found <= expected <= 1.05 * found, (policy, tile, expected / found)

@@ -13,7 +13,7 @@ import torch
 
 from nbqlora.core.errors import DoesNotFitError
 from nbqlora.core.specs import LayerPolicy
-from nbqlora.train.oom import Shortage, asked_bytes, attempt, is_out_of_memory
+from nbqlora.train.oom import Shortage, asked_bytes, attempt, out_of_memory
 from nbqlora.train.rungs import Footing, Means, lower
 from nbqlora.train.split import in_parts
 from tests.planner.shapes import MODELS
@@ -48,7 +48,7 @@ def short(phase: str = "backward", asked: int | None = None, tokens: int = 4096,
     ids=lambda value: type(value).__name__,
 )
 def test_what_counts(error: Exception, asked: int | None) -> None:
-    assert is_out_of_memory(error) and asked_bytes(error) == asked
+    assert out_of_memory(error) is not None and asked_bytes(error) == asked
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_does_not(error: Exception) -> None:
     def work() -> None:
         raise error
 
-    assert not is_out_of_memory(error)
+    assert out_of_memory(error) is None
     with pytest.raises(type(error)) as caught:
         attempt(work, CPU)
     assert caught.value is error
