@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbqlora.core.errors import ConfigError, NbqloraError, Problem
+from nbqlora.core.ranks import rank_of, see_one_card
 from nbqlora.core.request import CellRequest, parse_toml
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(do=do)
         if name == "finetune":
             command.add_argument("--resume", action="store_true", help="go on from the run's furthest checkpoint")
+        else:
+            command.add_argument("--gpus", type=int, metavar="N", help="plan for N cards a machine")
+            command.add_argument("--nodes", type=int, default=1, metavar="M", help="and for M such machines (1)")
     _add_saving(commands)
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
     doctor = commands.add_parser("doctor", help="say what would keep a run from working here; status 1 if anything")
@@ -129,17 +134,25 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 def _plan(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
+    if parsed.gpus is not None:
+        request = replace(request, options={**request.options, "gpus": parsed.gpus})
+    if parsed.nodes < 1:
+        raise ConfigError([Problem(key="--nodes", message=f"expected at least 1, got {parsed.nodes}")], "the command")
     from nbqlora import api
 
-    print(api.plan_request(request, name=parsed.file.stem, observe=_print))
+    print(api.plan_request(request, name=parsed.file.stem, observe=_print, nodes=parsed.nodes))
     return 0
 
 
 def _finetune(parsed: argparse.Namespace) -> int:
-    request = _request(parsed.file)
+    request, rank = _request(parsed.file), rank_of(os.environ)
+    see_one_card(rank, os.environ)
     from nbqlora import api
 
-    run = api.finetune_request(request, name=parsed.file.stem, observe=_print, resume=parsed.resume)
+    observe = _print if rank.first else None
+    run = api.finetune_request(request, name=parsed.file.stem, observe=observe, resume=parsed.resume)
+    if not rank.first:
+        return 0
     print(run)
     if run.status == "stopped":
         print(f"to go on from here: nbqlora finetune {parsed.file} --resume")

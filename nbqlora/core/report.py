@@ -26,7 +26,9 @@ class Report(Displayed):
         tokens_per_second: tokens through the model over the wall time of the steps, the first step left out
             when there are more (it holds warm-up); None before a step was taken.
         measured_peak_bytes: highest memory allocated on the card while training; resident RAM on a CPU.
-        memory: that by phase and by holder; None where nothing was loaded.
+        rank_peaks: of several processes that trained together each one's peak, by rank; the highest is
+            ``measured_peak_bytes``. () for one.
+        memory: that by phase and by holder, of rank 0; None where nothing was loaded.
         seconds: wall time from the first look to the saved adapter.
         replacements: what was changed on the loaded model, and what was left as it was, with reasons.
         versions: of the libraries that took part.
@@ -44,6 +46,7 @@ class Report(Displayed):
     versions: Mapping[str, str] | None = None
     memory: MemoryProfile | None = None
     reason: str = ""
+    rank_peaks: tuple[int, ...] = ()
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -70,6 +73,7 @@ class Report(Displayed):
             "tokens_per_second": self.tokens_per_second,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
+            "rank_peaks": list(self.rank_peaks),
             "memory": None if self.memory is None else self.memory.as_dict(),
             "adapter": plain(self.adapter),
             "versions": plain(self.versions or {}),
@@ -83,6 +87,22 @@ class Report(Displayed):
         return f"Report({self.name}: {self.status}, {len(self.steps)} steps{loss})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardNow:
+    """One of several cards.
+
+    Args:
+        own_bytes: what this process has of it; None where that is not known.
+        workers_bytes: what processes have of it that train for a run of nbqlora, of this notebook or another; likewise.
+    """
+
+    name: str
+    total_bytes: int
+    used_bytes: int
+    own_bytes: int | None
+    workers_bytes: int | None
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class VramReport(Displayed):
     """Memory now, of the training device, RAM and disk.
@@ -94,6 +114,7 @@ class VramReport(Displayed):
         reclaimable: what of it is given back on demand: torch's cache, and what a finished run still holds.
         measured_by: where the figures come from: ``torch``, ``nvml`` (torch has not touched the card) or ``os``.
         notes: what a reader should know ("2 cards, this is card 0").
+        cards: each of them, in CUDA's order, where there are several; () where there is one.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -111,6 +132,7 @@ class VramReport(Displayed):
     measured_by: Literal["torch", "nvml", "os"]
     reclaimable: tuple[MemoryCategory, ...] = (MemoryCategory.CACHE,)
     notes: tuple[str, ...] = ()
+    cards: tuple[CardNow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

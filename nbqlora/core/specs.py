@@ -135,6 +135,7 @@ class DeviceSpec:
         has_bf16: bf16 arithmetic in hardware (capability 8.0 and above; emulation does not count).
         matmul_flops: measured dense matmul rate in operations a second at the training dtype; None = not measured.
         copy_bytes_per_second: measured rate of a copy, bytes read and written; None = not measured.
+        link_bytes_per_second: what a card sends to the others in an all-reduce, measured; None = not measured.
         rooms: folders that files could go to, the output folder first; () when they were not looked at.
         notes: things worth saying in a plan ("2 cards, 1 is used").
     """
@@ -152,6 +153,7 @@ class DeviceSpec:
     n_devices: int = 1
     matmul_flops: float | None = None
     copy_bytes_per_second: float | None = None
+    link_bytes_per_second: float | None = None
     rooms: tuple[Room, ...] = ()
     notes: tuple[str, ...] = ()
 

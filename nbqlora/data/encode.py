@@ -96,6 +96,29 @@ class EncodedData:
         stats = replace(self.stats, layout=layout, layout_because=because, n_sequences=len(dataset))
         return replace(self, dataset=dataset, stats=stats, report=replace(self.report, stats=stats, fill=fill))
 
+    def handed_on(self) -> HandedRows:
+        """What another process of this machine opens; good while this object lives, and not for packs."""
+        (file,) = (Path(part["filename"]) for part in self.store.rows.cache_files)
+        long, fill = self.store.max_length, self.store.padded_fill
+        return HandedRows(file=file, stats=self.stats, report=self.report, max_length=long, padded_fill=fill)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HandedRows:
+    """Rows that another process tokenized and still owns; the other fields are those of its ``EncodedData``."""
+
+    file: Path
+    stats: DataStats
+    report: DataReport
+    max_length: int
+    padded_fill: float
+
+    def opened(self) -> EncodedData:
+        """The same rows, read through the page cache; packs that are made of them lie in this process's own folder."""
+        rows, fill = arrow.open_rows(self.file), self.padded_fill
+        store = _Store(rows=rows, folder=ScratchFolder(), max_length=self.max_length, padded_fill=fill)
+        return EncodedData(dataset=rows, stats=self.stats, report=self.report, store=store)
+
 
 def encode(
     rows: Rows,

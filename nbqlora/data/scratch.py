@@ -23,10 +23,12 @@ class ScratchFolder:
 
     def __init__(self) -> None:
         _remove_abandoned()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        # Another process that begins now must not see it before it is locked.
+        made = Path(tempfile.mkdtemp(prefix=f"new-{PREFIX}"))
         self._n_files = 0
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR)
+        self._lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR)
         _try_lock(self._lock)
+        self.path = made.rename(made.with_name(made.name.removeprefix("new-")))
         self._finalizer = weakref.finalize(self, _remove, str(self.path), self._lock, os.getpid())
 
     def new_file(self, name: str) -> Path:

@@ -138,7 +138,7 @@ def _others(driver: Driver | None, card: Card, environ: Mapping[str, str]) -> st
     n_all = len(driver.names) if driver else card.n_cards
     if n_all > card.n_cards:
         return f"; {card.n_cards} of {n_all} cards visible: CUDA_VISIBLE_DEVICES = {environ['CUDA_VISIBLE_DEVICES']!r}"
-    return f"; {n_all} cards, a run takes the first" if n_all > 1 else ""
+    return f'; {n_all} cards, a run takes the first, or with gpus = "all" each of them' if n_all > 1 else ""
 
 
 def _many(names: tuple[str, ...]) -> str:

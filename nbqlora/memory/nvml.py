@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+# What the command line of a run's worker holds.
+WORKER_MODULE = "nbqlora.run.workers.worker"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -26,6 +29,7 @@ class Card:
         n_cards: cards that CUDA would see.
         own_bytes: memory of this process; None when NVML does not list it.
         others_bytes: memory of all other processes listed; None when it lists none, or not their memory.
+        workers_bytes: of these, memory of processes that train for a run; 0 where none is known to.
         notes: what makes the choice of the card uncertain.
     """
 
@@ -36,6 +40,7 @@ class Card:
     n_cards: int
     own_bytes: int | None
     others_bytes: int | None
+    workers_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,10 +70,27 @@ def read_card(uuid: str = "") -> tuple[Card | None, str]:
         return None, f"NVML: {error}"
 
 
+def read_cards() -> tuple[Card, ...]:
+    """Every card that CUDA would use, in its order; () where none can be seen."""
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [pynvml.nvmlDeviceGetUUID(h) for h in handles]
+        visible = visible_uuids(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)
+        return tuple(_read(pynvml, uuid, n_cards=len(visible), notes=()) for uuid in visible)
+    except pynvml.NVMLError:  # read_card() says why
+        return ()
+
+
 def _read(nvml: ModuleType, uuid: str, *, n_cards: int, notes: tuple[str, ...]) -> Card:
     handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
     total, free = _memory(nvml, handle)
-    own, others = split_processes(_processes(nvml, handle), os.getpid())
+    bytes_of = _processes(nvml, handle)
+    own, others = split_processes(bytes_of, os.getpid())
     return Card(
         uuid=uuid,
         name=nvml.nvmlDeviceGetName(handle),
@@ -77,8 +99,19 @@ def _read(nvml: ModuleType, uuid: str, *, n_cards: int, notes: tuple[str, ...]) 
         n_cards=n_cards,
         own_bytes=own,
         others_bytes=others,
+        workers_bytes=sum(n or 0 for pid, n in bytes_of.items() if pid != os.getpid() and is_worker(pid)),
         notes=notes,
     )
+
+
+def is_worker(pid: int) -> bool:
+    """A process that a run was started with, of this notebook or another one."""
+    import psutil
+
+    try:
+        return WORKER_MODULE in psutil.Process(pid).cmdline()
+    except psutil.Error:  # gone, or somebody else's, or a number of another container
+        return False
 
 
 def capability_of(card: Card) -> tuple[int, int] | None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nbqlora.core.report import VramReport
+from nbqlora.core.report import CardNow, VramReport
 from nbqlora.core.specs import MemoryCategory
 from nbqlora.memory.host import HostMemory, cpu_cores_text, disk_free_bytes, read_host
-from nbqlora.memory.nvml import read_card
+from nbqlora.memory.nvml import read_card, read_cards
 from nbqlora.memory.peak import highest_before_resets
 from nbqlora.memory.profile import Profile, latest
 from nbqlora.memory.split import Holdings, split_card, split_host
@@ -65,6 +65,22 @@ def vram(*, holdings: Holdings | None = None, disk_path: str | os.PathLike[str] 
         measured_by=device.measured_by,
         reclaimable=_reclaimable(run),
         notes=device.notes + host.notes,
+        cards=_cards() if device.kind == "cuda" else (),
+    )
+
+
+def _cards() -> tuple[CardNow, ...]:
+    """All cards where there are several: one that a run leaves idle is seen, and what its workers have."""
+    cards = read_cards()
+    return tuple(
+        CardNow(
+            name=card.name,
+            total_bytes=card.total_bytes,
+            used_bytes=card.used_bytes,
+            own_bytes=card.own_bytes,
+            workers_bytes=card.workers_bytes if card.others_bytes is not None else None,
+        )
+        for card in (cards if len(cards) > 1 else ())
     )
 
 

@@ -171,7 +171,8 @@ class LiveView:
 
     def _memory(self) -> int | None:
         plan = self.progress.plan
-        return None if plan is None else _in_use(plan.device.kind)
+        # Where several train, they are other processes than this one; their steps tell the fullest one's peak.
+        return None if plan is None or plan.n_cards > 1 else _in_use(plan.device.kind)
 
     def _draw(self) -> None:
         self._status.put(self._line())

@@ -36,13 +36,14 @@ class Copies:
 
     Args:
         keep: checkpoints that stay there.
+        writes: False for a process that leaves all files to another one.
     """
 
-    def __init__(self, seen: Look, beginning: Beginning, keep: int, journal: Journal) -> None:
+    def __init__(self, seen: Look, beginning: Beginning, keep: int, journal: Journal, *, writes: bool = True) -> None:
         self._local, self._remote, self._journal = seen.work_dir, seen.output_dir, journal
         self._out: CopyOut | None = None
         self._given_up = False
-        if self._local == self._remote:
+        if self._local == self._remote or not writes:
             return
         self._local.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         point = mount_point(self._remote)

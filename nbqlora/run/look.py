@@ -13,16 +13,19 @@ import torch
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, Problem
 from nbqlora.core.specs import BatchLayout, DeviceSpec, ModelSpec
-from nbqlora.data.encode import EncodedData, encode
+from nbqlora.data.encode import EncodedData, HandedRows, encode
 from nbqlora.data.rows import DEMO, read_rows
 from nbqlora.data.template import apply_chat_template_path
 from nbqlora.hub.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, find_checkpoints
 from nbqlora.hub.demo_model import DEMO_NAME, demo_model
 from nbqlora.hub.inspect import locate, read_spec, read_tokenizer
 from nbqlora.memory.device import device_spec
+from nbqlora.planner.cards import Cards
 from nbqlora.run.layout import choose_layout
 from nbqlora.run.places import default_output_dir, ephemeral_note
 from nbqlora.run.preflight import Saving, check_download, preflight, where_to_save
+
+HandedPair = tuple[HandedRows, HandedRows | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Look:
         location: where the model's files are: a folder, or a hub id.
         output_dir: where the user wants the result.
         work_dir: where it is written first: ``output_dir`` itself, unless that is slow or may vanish.
+        cards: what trains together; None for what ``gpus`` says.
     """
 
     location: str
@@ -44,6 +48,7 @@ class Look:
     output_dir: Path
     work_dir: Path
     notes: tuple[str, ...]
+    cards: Cards | None = None
 
     def laid_out(self, layout: BatchLayout, because: str) -> Look:
         """The same with its rows laid out otherwise."""
@@ -58,13 +63,20 @@ class Look:
         return found, [line for _, unreadable in there for line in unreadable]
 
 
-def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: DeviceSpec | None = None) -> Look:
+def look(
+    config: FinetuneConfig,
+    name: str,
+    say: Callable[[str], None],
+    device: DeviceSpec | None = None,
+    rows: HandedPair | None = None,
+) -> Look:
     """Look at model, data and machine.
 
     Args:
         name: the run's name, for its folder.
         say: takes a line of progress.
         device: the machine to plan for; None looks at this one.
+        rows: to train on and to evaluate on, where another process read them.
 
     Raises:
         ConfigError: ``target_modules`` names no linear of this model, ``output_dir`` cannot be written, or a
@@ -83,7 +95,12 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
         check_download(spec)
     saving = where_to_save(config, spec, output_dir) if here else Saving(work_dir=output_dir)
     tokenizer = tokenizer_of(config, location)
-    train, evaluation = _rows(config, tokenizer, choose_layout(config, location), say)
+    layout = choose_layout(config, location)
+    if rows is None:
+        train, evaluation = read_both(config, tokenizer, layout, say)
+    else:
+        train = rows[0].opened().with_layout(*layout)
+        evaluation = None if rows[1] is None else rows[1].opened().with_layout(*layout)
     if not torch.cuda.is_available():
         # On a CPU the process itself counts, with all libraries that the run will import.
         import nbqlora.train.trainer  # noqa: F401
@@ -100,7 +117,7 @@ def look(config: FinetuneConfig, name: str, say: Callable[[str], None], device: 
     )
 
 
-def _rows(
+def read_both(
     config: FinetuneConfig, tokenizer: Any, layout: tuple[BatchLayout, str], say: Callable[[str], None]
 ) -> tuple[EncodedData, EncodedData | None]:
     """Rows to train on, and to evaluate on; the demo data brings its own."""

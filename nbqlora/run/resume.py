@@ -102,6 +102,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "n_cards": plan.n_cards,
         "layers": dict(Counter(policy.value for policy in plan.layer_policies)),
         "layout": plan.data.layout.value,
         "n_eval_rows": plan.data.n_eval_rows,
@@ -110,7 +111,13 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 def _plan(config: FinetuneConfig, seen: Look) -> Plan:
     return planner.make_plan(
-        config, seen.spec, seen.device, seen.train.stats, output_dir=str(seen.output_dir), notes=seen.notes
+        config,
+        seen.spec,
+        seen.device,
+        seen.train.stats,
+        output_dir=str(seen.output_dir),
+        notes=seen.notes,
+        cards=seen.cards,
     )
 
 
@@ -164,9 +171,9 @@ def _none_whole(plan: Plan, lines: list[str]) -> str:
 def _as_planned_then(config: FinetuneConfig, seen: Look, plan: Plan, checkpoint: Checkpoint) -> Plan:
     """On the same machine the split and the layers of then, if they still fit: other ones would round otherwise."""
     then = checkpoint.state["plan"]
-    if then["device"] != [plan.device.kind, plan.device.name]:
+    if then["device"] != [plan.device.kind, plan.device.name] or then.get("n_cards", 1) != plan.n_cards:
         return plan
-    pins: dict[str, Any] = {}
+    pins: dict[str, Any] = {"gpus": plan.n_cards}
     if config.per_device_train_batch_size is None and config.gradient_accumulation_steps is None:
         pins |= {name: then[key] for name, key in _SPLIT.items()}
     if config.gradient_checkpointing == "auto":
@@ -183,10 +190,17 @@ _SPLIT = {
 }
 
 
+def _split(facts: Mapping[str, Any]) -> str:
+    """``2 x 4``, or on several cards ``2 cards x 2 x 2``."""
+    n = facts.get("n_cards", 1)
+    each = f"{facts['micro_batch_size']} x {facts['gradient_accumulation_steps']}"
+    return f"{n} cards x {each}" if n > 1 else each
+
+
 def _changes(then: Mapping[str, Any], plan: Plan) -> list[str]:
     """What is not as it was, in a line: ``re-planned for Tesla T4: 4 x 4 -> 2 x 8, dtype bf16 -> fp16; ...``."""
     now = plan_facts(plan)
-    split = [f"{p['micro_batch_size']} x {p['gradient_accumulation_steps']}" for p in (then, now)]
+    split = [_split(facts) for facts in (then, now)]
     layers = [" · ".join(f"{n} {name}" for name, n in p["layers"].items()) for p in (then, now)]
     pairs = [
         ("", *split),

@@ -47,16 +47,26 @@ class Saver:
 
     Args:
         session: holds the model whose adapter is saved.
+        writes: False for a process that leaves all files to another one.
     """
 
     def __init__(
-        self, config: FinetuneConfig, beginning: Beginning, output_dir: Path, session: Session, journal: Journal
+        self,
+        config: FinetuneConfig,
+        beginning: Beginning,
+        output_dir: Path,
+        session: Session,
+        journal: Journal,
+        *,
+        writes: bool = True,
     ) -> None:
         self._config, self._beginning = config, beginning
         self._session, self._journal = session, journal
         self._root = output_dir / CHECKPOINTS_FOLDER
         self._furthest, self._keep = beginning.furthest, keep_limit(config)
         self._damaged = set(beginning.damaged)
+        if not writes:
+            return
         for folder in (output_dir, self._root):
             remove_leftovers(folder)
         if beginning.checkpoint is not None:

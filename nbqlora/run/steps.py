@@ -8,7 +8,10 @@ Magic, API and shell all come through :func:`finetune`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -23,33 +26,46 @@ from nbqlora.core.errors import (
 )
 from nbqlora.core.events import DataEvent, Event, Observer, PlannedEvent, SavedEvent
 from nbqlora.core.plan import Plan
+from nbqlora.core.ranks import Rank, rank_of, see_one_card
 from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import format_bytes
 from nbqlora.engine.quiet import quiet_libraries
+from nbqlora.planner.cards import cards_asked
 from nbqlora.run.exhausted import with_what_fits
 from nbqlora.run.job import Job
 from nbqlora.run.journal import Journal
-from nbqlora.run.look import look
+from nbqlora.run.look import HandedPair, look, place_of
+from nbqlora.run.ranks import begun_alike, joined, look_together
 from nbqlora.run.result import Run
 from nbqlora.run.resume import begin, laid_out_then
 from nbqlora.run.session import free_all
 from nbqlora.run.tables import table_fields
+from nbqlora.run.workers.counting import workers_asked
+from nbqlora.run.workers.together import finetune_together
+from nbqlora.train.ranks import Ranks
 
 
 def make_plan(
-    request: CellRequest, *, name: str = "run", device: DeviceSpec | None = None, observe: Observer | None = None
+    request: CellRequest,
+    *,
+    name: str = "run",
+    device: DeviceSpec | None = None,
+    observe: Observer | None = None,
+    n_nodes: int = 1,
 ) -> Plan:
     """Steps 1 to 4 only: nothing is loaded or allocated.
 
     Args:
         device: the machine to plan for; None looks at this one.
         observe: called with what is found in the data, before anything is planned.
+        n_nodes: machines like it, each with as many cards as ``gpus`` says.
     """
     config = validate(request, table_fields=table_fields)
     journal = Journal(observe)
     with quiet_libraries(progress_bars=True):
         seen = look(config, name, journal.note, device)
+    seen = replace(seen, cards=cards_asked(config, seen.device, n_nodes))
     journal.emit(DataEvent(report=seen.train.report, elapsed_seconds=journal.clock()))
     return begin(config, seen, resume=False, how=how_to_resume(request, name)).plan
 
@@ -68,23 +84,40 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
         RunError: the checkpoints in the folder are of another run.
         NbqloraError: whatever else stops it, with the memory of the run given back.
     """
+    rank = rank_of(os.environ)
+    if not rank.alone:
+        see_one_card(rank, os.environ)
+        # Whoever started the ranks decided how many there are.
+        request = replace(request, options={**request.options, "gpus": rank.n})
     config = validate(request, table_fields=table_fields)
     return finetune_config(config, observe, name=name, resume=resume, how=how_to_resume(request, name))
 
 
-def finetune_config(config: FinetuneConfig, observe: Observer | None, *, name: str, resume: bool, how: str) -> Run:
+def finetune_config(
+    config: FinetuneConfig,
+    observe: Observer | None,
+    *,
+    name: str,
+    resume: bool,
+    how: str,
+    rows: HandedPair | None = None,
+) -> Run:
     """:func:`finetune` for options that are checked.
 
     Args:
         how: what the user writes to resume, for messages.
+        rows: to train on and to evaluate on, where another process read them.
     """
     free_all()
     journal = Journal(observe)
     job: Job | None = None
     failure: NbqloraError
     try:
-        with quiet_libraries(progress_bars=True):
-            job = _planned(config, journal, name=name, resume=resume, how=how)
+        n = workers_asked(config, os.environ)
+        if n > 1:
+            return finetune_together(config, n, journal, name=name, resume=resume, how=how, finetune=finetune_config)
+        with joined(os.environ) as rank, quiet_libraries(progress_bars=True):
+            job = _planned(config, journal, rows, rank, name=name, resume=resume, how=how)
             return job.do()
     except torch.OutOfMemoryError as error:
         clear_frames(error)
@@ -109,14 +142,19 @@ def finetune_config(config: FinetuneConfig, observe: Observer | None, *, name: s
     raise failure from None
 
 
-def _planned(config: FinetuneConfig, journal: Journal, *, name: str, resume: bool, how: str) -> Job:
+def _planned(
+    config: FinetuneConfig, journal: Journal, rows: HandedPair | None, rank: Rank, *, name: str, resume: bool, how: str
+) -> Job:
     """Steps 3 and 4, told."""
     journal.phase("look")
-    seen = look(config, name, journal.note)
+    ranks = Ranks(torch.device("cpu"))
+    fetch, look_here = partial(place_of, config, journal.note), partial(look, config, name, journal.note, rows=rows)
+    seen = look_together(ranks, rank, fetch, look_here)
     seen = laid_out_then(config, seen) if resume else seen
     journal.emit(DataEvent(report=seen.train.report, elapsed_seconds=journal.clock()))
     beginning = begin(config, seen, resume=resume, how=how)
-    job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config)
+    begun_alike(ranks, beginning)
+    job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config, ranks=ranks)
     journal.emit(PlannedEvent(plan=beginning.plan, elapsed_seconds=journal.clock()))
     return job
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from nbqlora.engine.adapters import FlatAdapters
 from nbqlora.train.batch import MicroBatch, count_tokens, documents
 from nbqlora.train.enduring_trainer import EnduringTrainer
 from nbqlora.train.events import StepMeter
+from nbqlora.train.ranks import Ranks
 from nbqlora.train.sent import SentNumbers
 
 # documents' token ids -> numbers of the rows they came from
@@ -26,6 +28,7 @@ class FiniteTrainer(EnduringTrainer):
     A subclass sets what it needs for that, and adds :class:`FiniteCallback`.
     """
 
+    _ranks: Ranks
     _meter: StepMeter
     _find_rows: FindRows
     _norm: torch.Tensor | None
@@ -51,7 +54,8 @@ class FiniteTrainer(EnduringTrainer):
             self._meter.numbers = self.enduring.once(lambda: self._sent(batches, losses, n_tokens))
             self._norm = None
             return
-        self._meter.loss, self._meter.n_tokens = float(losses.sum()), n_tokens
+        loss, n_tokens_of_all = self._ranks.total(float(losses.sum()), n_tokens)
+        self._meter.loss, self._meter.n_tokens = loss, int(n_tokens_of_all)
         scaled = self.accelerator.scaler is not None
         if math.isfinite(self._meter.loss) and (scaled or self._gradients_are_finite()):
             return
@@ -67,22 +71,32 @@ class FiniteTrainer(EnduringTrainer):
         assert flat is not None
         norm = torch.linalg.vector_norm(flat.all_gradients()) if self._norm is None else self._norm
         figures = torch.cat([losses.float(), norm.float().reshape(1)])
+        of_all = None
+        if not self._ranks.alone:
+            own = torch.stack([losses.double().sum(), torch.full((), float(n_tokens), device=losses.device).double()])
+            of_all = self._ranks.add_(own)
         scaled = self.accelerator.scaler is not None
         if not scaled:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(figures).all()).float()
+            # The same on all ranks: the norm is that of all gradients.
+            decisive = figures if of_all is None else torch.cat([of_all[:1].float(), figures[-1:]])
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(decisive).all()).float()
         step = self.state.global_step
         return SentNumbers(
             figures,
             n_tokens,
+            of_all=of_all,
             norm_may_be_infinite=scaled,
             fail=lambda found: self._not_finite(batches, found, step),
         )
 
     def _not_finite(self, batches: list[MicroBatch], losses: Sequence[float], last_step: int) -> NoReturn:
-        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)] or batches
-        rows = self._find_rows([ids.tolist() for b in bad for ids in self._failing_documents(b.inputs)])
-        raise NonFiniteLossError(_not_finite(math.isfinite(sum(losses)), last_step, rows))
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        loss_is_finite = not self._ranks.any(bool(bad))
+        suspects = batches if loss_is_finite else bad
+        documents = [ids.tolist() for b in suspects for ids in self._failing_documents(b.inputs)]
+        rows = self._ranks.gathered(self._find_rows(documents) if documents else ())
+        raise NonFiniteLossError(_not_finite(loss_is_finite, last_step, list(dict.fromkeys(chain(*rows)))))
 
     def _failing_documents(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """Token ids of the documents whose own loss is not finite; of all when each alone is fine."""

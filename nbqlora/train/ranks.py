@@ -1,42 +1,63 @@
-"""Several processes that train together stand on the same rung.
+"""What processes that train together tell each other; nothing where a process trains alone.
 
-A rank that ran out of memory cannot be left behind: the others would wait for it in the all-reduce of the gradients
-for ever. So before that, after each micro-batch, the ranks tell each other whether all is well, and what was short
-where; each then knows the same shortage, lowers the same, and runs the micro-batch again, the ones that had room for it
-too. It is one all-reduce of a few integers; nothing where a process trains alone.
+Each rank has the whole model and its share of a step's rows. The gradients of the adapters are added once a step; what
+decides how a run goes on is agreed on, so that no rank waits in a collective for one that went elsewhere: memory that
+ran out (a rank that lowers its rung by itself would do other work), a stop, a checkpoint that is due, a loss that is
+not finite. These are a few numbers from host to host, and no card is waited for: where cards train, the group has NCCL
+for their tensors and gloo for the host's.
+
+Whoever waits for a rank that has gone gets the backend's own error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 
+from nbqlora.core.errors import RunError
+from nbqlora.core.ranks import Rank
 from nbqlora.train.oom import Shortage
+from nbqlora.train.stop import INTERRUPTED, TERMINATED, TIME_IS_UP
 
-PHASES = ("forward", "backward", "optimizer", "eval")
+PHASES = ("forward", "backward", "optimizer", "eval", "probe")
+ANOTHER = "another rank was asked to stop"
+REASONS = ("", ANOTHER, TIME_IS_UP, TERMINATED, INTERRUPTED)
+T = TypeVar("T")
 
 
 class Ranks:
     """The processes that train together.
 
     Args:
-        device: of this process, whose collectives NCCL runs there.
+        device: of this process; it takes the host's numbers where the group has a backend for cards alone.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self._together:
-            on_card = dist.get_backend() == "nccl"
-            # Made while there is room.
-            self._told = torch.zeros(7, dtype=torch.int64, device=device if on_card else "cpu")
+        self.number, self.n = (dist.get_rank(), dist.get_world_size()) if self._together else (0, 1)
+        on_card = self._together and "cpu:" not in dist.get_backend_config()
+        self._device = device if on_card else torch.device("cpu")
+        if self._together:  # made while there is room
+            self._told = torch.zeros(7, dtype=torch.int64, device=self._device)
+
+    @property
+    def alone(self) -> bool:
+        """There is no other."""
+        return not self._together
+
+    @property
+    def first(self) -> bool:
+        """This one writes the files."""
+        return self.number == 0
 
     def agree(self, mine: Shortage | None) -> Shortage | None:
         """What was short on any rank, the largest of each figure; the same on all. None where all is well."""
         if not self._together:
             return mine
-        self._told.copy_(torch.tensor(_numbers(mine), dtype=torch.int64))
-        dist.all_reduce(self._told, op=dist.ReduceOp.MAX)
-        failed, phase, asked, on_host, capturing, tokens, n_documents = self._told.tolist()
+        failed, phase, asked, on_host, capturing, tokens, n_documents = self._largest(_numbers(mine))
         if not failed:
             return None
         return Shortage(
@@ -47,6 +68,95 @@ class Ranks:
             tokens=tokens,
             n_documents=n_documents,
         )
+
+    def agree_to_stop(self, reason: str, due: bool = False) -> tuple[str, bool]:
+        """Why all end after this step, "" to go on; and whether a checkpoint is due anywhere."""
+        if not self._together:
+            return reason, due
+        code = REASONS.index(reason if reason in REASONS else ANOTHER)
+        agreed, any_due, *_ = self._largest([code, due, 0, 0, 0, 0, 0])
+        return reason if agreed == code else REASONS[agreed], bool(any_due)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self._largest([here, 0, 0, 0, 0, 0, 0])[0]) if self._together else here
+
+    def total(self, *numbers: float) -> tuple[float, ...]:
+        """The sum of each over all ranks, fp64."""
+        if not self._together:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor)
+        return tuple(tensor.tolist())
+
+    def add_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add the tensors of all ranks, in place and where they are; nothing waits for a card."""
+        if self._together:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def take_firsts_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite with what the first rank has."""
+        for tensor in tensors if self._together else ():
+            dist.broadcast(tensor, src=0)
+
+    def firsts(self, numbers: list[int]) -> list[int]:
+        """As many numbers, as the first rank has them."""
+        if not self._together:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        dist.broadcast(tensor, src=0)
+        found: list[int] = tensor.tolist()
+        return found
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each rank has, in their order."""
+        if not self._together:
+            return [mine]
+        found: list[Any] = [None] * self.n
+        dist.all_gather_object(found, mine)
+        return found
+
+    def all_well(self, work: Callable[[], T]) -> T:
+        """Do what each rank does for itself; where one fails all do, and say which.
+
+        Raises:
+            RunError: it failed on another rank.
+        """
+        if not self._together:
+            return work()
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as found:
+            error = found
+        said = self.gathered("" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [(number, text) for number, text in enumerate(said) if text]
+        if failed:
+            raise RunError(f"rank {failed[0][0]} of {self.n} cannot go on: {failed[0][1]}")
+        return result
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What the first rank's work gives, on all; the others wait for it.
+
+        Raises:
+            RunError: it failed there.
+        """
+        result = self.all_well(lambda: work() if self.first else None)
+        return self.gathered(result)[0]  # type: ignore[return-value]
+
+    def _largest(self, numbers: Sequence[int]) -> list[int]:
+        self._told.copy_(torch.tensor(numbers, dtype=torch.int64))
+        dist.all_reduce(self._told, op=dist.ReduceOp.MAX)
+        found: list[int] = self._told.tolist()
+        return found
+
+
+def rank_in(ranks: Ranks, rank: Rank) -> Rank:
+    """What the environment said; where it said nothing and there is a group, what that says."""
+    return rank if ranks.alone or not rank.alone else Rank(number=ranks.number, n=ranks.n, n_local=ranks.n)
 
 
 def _numbers(short: Shortage | None) -> list[int]:

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from nbqlora.engine.optimizer import FLAT_NAME
 from nbqlora.train.optimizer_state import Part, optimizer_state, scheduler_state, set_optimizer_state
+from nbqlora.train.ranks import Ranks
 from nbqlora.train.state import TrainingState, kept_random_state, random_state, set_random_state
 
 SaveState = Callable[[TrainingState], None]
@@ -30,8 +31,10 @@ class ResumableTrainer(SFTTrainer):
     """TRL's trainer with checkpoints of our own.
 
     Args:
-        save_state: takes the state when ``control.should_save`` is set.
+        save_state: takes the state when ``control.should_save`` is set, on the first of several ranks.
     """
+
+    _ranks: Ranks
 
     def __init__(self, *, save_state: SaveState, callbacks: list[TrainerCallback], **arguments: Any) -> None:
         self._save_state = save_state
@@ -102,7 +105,8 @@ class ResumableTrainer(SFTTrainer):
         return {optimizer.flat: lambda buffer: {names[p]: adapters.view(buffer, p) for p in adapters.parameters}}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._save_state(self.state_now())
+        if self._ranks.first:
+            self._save_state(self.state_now())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the adapter is on the model."""

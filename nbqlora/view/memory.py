@@ -1,4 +1,4 @@
-"""Memory for people: one line of text, and a bar with its figures as a list.
+"""Memory for people: one line of text, and a bar with its figures as a list; with several cards a line for each below.
 
 The line's order is fixed: what is used of how much, who holds it (in the order of the categories, nothing
 under 0.05 GiB), the peak, RAM, disk; all in GiB. What is given back on demand says so, and is hatched. The bar is
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 from nbqlora.core import display
-from nbqlora.core.report import VramReport
+from nbqlora.core.report import CardNow, VramReport
 from nbqlora.core.specs import MemoryCategory
 from nbqlora.core.units import GIB, format_bytes, gib
 from nbqlora.view.palette import COLOURS, RECLAIMABLE, category_of
@@ -36,7 +36,21 @@ def vram_text(report: VramReport) -> str:
     held = [(c, n) for c, n in _held(report.by_category) if n >= _SHOWN_BYTES]
     holders = [f"{c.label} {gib(n):.1f}{' (reclaimable)' if c in report.reclaimable else ''}" for c, n in held]
     head = f"{'ram' if report.kind == 'cpu' else 'vram':<4}  {_one_line(report.name)}  {used}"
-    return " · ".join([head, *holders, *_surroundings(report)])
+    return "\n".join([" · ".join([head, *holders, *_surroundings(report)]), *_card_lines(report.cards)])
+
+
+def _card_lines(cards: Sequence[CardNow]) -> list[str]:
+    """``  card 1  Tesla T4  11.6 of 14.7 GiB used · workers of a run 11.3 · others 0.3``."""
+    lines = []
+    for number, card in enumerate(cards):
+        own, workers = card.own_bytes or 0, card.workers_bytes or 0
+        known = card.own_bytes is not None or card.workers_bytes is not None
+        held = [("this process", own), ("workers of a run", workers)]
+        held += [("others", max(0, card.used_bytes - own - workers))] if known else []
+        used = f"{gib(card.used_bytes):.1f} of {gib(card.total_bytes):.1f} GiB used"
+        words = [f"{name} {gib(n):.1f}" for name, n in held if n >= _SHOWN_BYTES]
+        lines.append(" · ".join([f"  card {number}  {_one_line(card.name)}  {used}", *words]))
+    return lines
 
 
 def vram_html(report: VramReport) -> str:
@@ -45,15 +59,17 @@ def vram_html(report: VramReport) -> str:
     head = " · ".join([f"<strong>{escape(_one_line(report.name))}</strong> {used}", *_surroundings(report)])
     parts = [(category.label, n_bytes) for category, n_bytes in _held(report.by_category)]
     bar = bar_html(parts, report.total_bytes, reclaimable=report.reclaimable)
-    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{escape(note)}</p>' for note in report.notes)
-    return f'<div style="max-width:640px"><div>{head}</div>{bar}{notes}</div>'
+    lines = [*map(str.strip, _card_lines(report.cards)), *report.notes]
+    below = "".join(f'<p style="margin:2px 0;opacity:.8">{escape(line)}</p>' for line in lines)
+    return f'<div style="max-width:640px"><div>{head}</div>{bar}{below}</div>'
 
 
 def meter_html(report: VramReport) -> str:
     """The text line above a bar without figures, for what is sent again and again: at most 2 kB."""
     parts = [(category.label, n_bytes) for category, n_bytes in _held(report.by_category)]
     bar = bar_html(parts, report.total_bytes, reclaimable=report.reclaimable, figures=False)
-    return f'<div style="max-width:640px"><div>{escape(vram_text(report))}</div>{bar}</div>'
+    text = escape(vram_text(report)).replace("\n", "<br>")
+    return f'<div style="max-width:640px"><div>{text}</div>{bar}</div>'
 
 
 def bar_html(

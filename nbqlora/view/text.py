@@ -113,7 +113,8 @@ def report_rows(report: Report) -> list[Row]:
         rows.append(("speed", f"{report.tokens_per_second:,.0f} tokens/s", f"{format_seconds(seconds)} of training"))
     if report.measured_peak_bytes:
         planned = f"the plan said {format_bytes(report.predicted_peak_bytes)}"
-        rows.append(("peak", format_bytes(report.measured_peak_bytes), planned))
+        each = ", ".join(map(format_bytes, report.rank_peaks))
+        rows.append(("peak", format_bytes(report.measured_peak_bytes), f"{planned}{each and f'; by rank {each}'}"))
     if report.memory is not None:
         rows += measured_rows(report.memory, report.plan.budget)
     rows += _shortages(report)

@@ -61,7 +61,7 @@ def test_what_a_driver_does_not_say_is_left_out(driver: Callable[..., Any]) -> N
 
 def test_of_two_cards_the_first_is_taken(driver: Callable[..., Any]) -> None:
     driver(T4, SECOND)
-    assert checked().found.endswith("; 2 cards, a run takes the first")
+    assert checked().found.endswith('; 2 cards, a run takes the first, or with gpus = "all" each of them')
 
 
 def test_a_variable_that_hides_some_cards_is_named(driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

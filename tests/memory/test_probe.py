@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from nbqlora.core.specs import MemoryCategory as M
+from nbqlora.memory.nvml import WORKER_MODULE, is_worker
 from nbqlora.memory.probe import vram
 from nbqlora.memory.split import split_card, split_host
 
@@ -180,6 +182,37 @@ def test_before_cuda_starts_nvml_answers(use_nvml: UseNvml, monkeypatch: pytest.
     assert (report.kind, report.measured_by, report.peak_bytes) == ("cuda", "nvml", 0)
     assert report.by_category == {M.THIS_PROCESS: 0, M.OTHER_PROCESSES: 2 * GIB}
     assert report.notes[0] == "2 cards, this is the first"
+
+
+@pytest.fixture
+def worker() -> Iterator[int]:
+    """A process with the command line of a run's worker, which waits to be told something."""
+    ours, theirs = Pipe()
+    command = [sys.executable, "-m", WORKER_MODULE, str(theirs.fileno())]
+    with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True) as process:
+        while not is_worker(process.pid):  # exec comes a moment after the fork
+            time.sleep(0.01)
+        yield process.pid
+        process.kill()
+
+
+def test_each_of_several_cards_with_the_workers_of_runs(
+    use_nvml: UseNvml, worker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_torch(monkeypatch, SimpleNamespace(is_initialized=lambda: False))
+    held = {os.getpid(): GIB, worker: 4 * GIB, 1: GIB}
+    use_nvml({"uuid": "GPU-b0"}, {"uuid": "GPU-b1", "used": 6 * GIB, "processes": held})
+    idle, full = vram().cards
+    assert (idle.name, idle.used_bytes, idle.own_bytes, idle.workers_bytes) == ("Tesla T4", 0, None, None)
+    assert (full.used_bytes, full.own_bytes, full.workers_bytes) == (6 * GIB, GIB, 4 * GIB)
+    use_nvml({"uuid": "GPU-b0"})
+    assert vram().cards == ()
+
+
+def test_a_workers_command_line_is_known() -> None:
+    from nbqlora.run.workers import worker
+
+    assert worker.__name__ == WORKER_MODULE
 
 
 @pytest.mark.parametrize("half_imported", [False, True])

@@ -19,7 +19,7 @@ from tests.train.parts import parts
 from tests.train.shortages import Shortages, shortages
 
 OPTIONS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "effective_batch_size": None,
-           "lora_dropout": 0.1, "max_steps": 2}  # fmt: skip
+           "lora_dropout": 0.1, "max_steps": 2, "gpus": 2}  # fmt: skip
 
 
 def digest(model: Any) -> list[float]:
@@ -27,7 +27,7 @@ def digest(model: Any) -> list[float]:
 
 
 def run(rank: int, model: str, out: Path, failing: str) -> dict[str, Any]:
-    """Train the same rows on each rank; ``failing`` on rank 1."""
+    """Train, each rank on its share of a step; ``failing`` on rank 1."""
     with pytest.MonkeyPatch.context() as patch:
         short = Shortages(patch)
         made = parts(Path(model), tiny.make_rows(16), out, **OPTIONS)

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nbqlora.core import display
-from nbqlora.core.report import VramReport
+from nbqlora.core.report import CardNow, VramReport
 from nbqlora.core.specs import MemoryCategory as M
 from nbqlora.view.memory import bar_html, meter_html, register_memory_views, vram_html, vram_text
 from nbqlora.view.palette import COLOURS, RECLAIMABLE, category_of
@@ -213,3 +213,26 @@ def test_any_two_colours_can_be_told_apart(vision: str) -> None:
 def test_labels_name_their_category() -> None:
     assert all(category_of(category.label) is category for category in M)
     assert category_of("free") is None
+
+
+TWO = replace(
+    T4,
+    cards=(
+        CardNow(name="Tesla T4", total_bytes=bytes_of(14.74), used_bytes=bytes_of(6.1), own_bytes=bytes_of(0.5),
+                workers_bytes=bytes_of(5.3)),
+        CardNow(name="Tesla T4", total_bytes=bytes_of(14.74), used_bytes=0, own_bytes=None, workers_bytes=None),
+    ),
+)  # fmt: skip
+
+
+def test_each_of_several_cards_has_its_line() -> None:
+    head, *cards = vram_text(TWO).split("\n")
+    assert head == vram_text(T4)
+    assert cards == [
+        "  card 0  Tesla T4  6.1 of 14.7 GiB used · this process 0.5 · workers of a run 5.3 · others 0.3",
+        "  card 1  Tesla T4  0.0 of 14.7 GiB used",
+    ]
+    for page in (vram_html(TWO), meter_html(TWO)):
+        assert all(line.strip() in page for line in cards)
+    eight = replace(TWO, cards=TWO.cards[:1] * 8)
+    assert len(vram_html(eight).encode()) <= 7000 and len(meter_html(eight).encode()) <= 2500

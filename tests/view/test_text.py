@@ -92,6 +92,12 @@ def test_report():
     ]
 
 
+def test_peaks_of_ranks():
+    of_two = dataclasses.replace(REPORT, rank_peaks=(int(12.9 * GIB), int(12.5 * GIB)))
+    row = "  peak       12.9 GiB                               the plan said 12.4 GiB; by rank 12.9 GiB, 12.5 GiB"
+    assert row in str(of_two).splitlines()
+
+
 def test_a_report_without_a_step():
     bare = dataclasses.replace(REPORT, events=(), adapter=None, measured_peak_bytes=0, tokens_per_second=None)
     assert str(bare).splitlines()[0] == "run1: stopped (interrupted) in 1 min 35 s"
