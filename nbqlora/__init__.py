@@ -13,7 +13,7 @@ from nbqlora.core.version import __version__ as __version__
 __all__ = [
     "ConfigError", "DataReport", "DoctorReport", "MemoryTable", "NbqloraError", "Plan", "Report", "Run",
     "VramReport", "compare_widget", "data_report", "doctor", "export_gguf", "finetune", "load", "memory_table",
-    "merge", "optimize", "plan", "planner_widget", "restore", "timeline", "vram",
+    "merge", "optimize", "plan", "planner_widget", "restore", "teach", "timeline", "vram",
 ]  # fmt: skip
 
 _HOME = {
@@ -41,6 +41,7 @@ _HOME = {
     "timeline": "nbqlora.notebook.timeline",
     "vram": "nbqlora.api",
 }
+_MODULES = {"teach": "nbqlora.notebook.teach"}
 
 if TYPE_CHECKING:
     from nbqlora.api import (
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from nbqlora.core.memory_table import MemoryTable
     from nbqlora.core.plan import Plan
     from nbqlora.core.report import Report, VramReport
+    from nbqlora.notebook import teach
     from nbqlora.notebook.compare_widget import compare_widget
     from nbqlora.notebook.planner_widget import planner_widget
     from nbqlora.notebook.timeline import timeline
@@ -69,10 +71,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'nbqlora' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name not in _HOME:
+        raise AttributeError(f"module 'nbqlora' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 

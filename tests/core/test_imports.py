@@ -11,6 +11,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "nu
          "ipywidgets", "triton", "accelerate", "safetensors", "gguf", "pynvml")  # fmt: skip
 EXTENSION = """
 class Shell:
+    input_transformers_cleanup = []
     def register_magics(self, *magics):
         self.magics = magics
 shell = Shell()
