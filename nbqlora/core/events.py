@@ -104,8 +104,8 @@ class OomEvent(Event):
     """The card was full, and what was done so that the run goes on.
 
     Args:
-        step: the optimizer step that was under way; 0 before the first.
-        phase: where: forward, backward, optimizer, eval.
+        step: the optimizer step that was under way, or that a probe went before; 0 in an evaluation before the first.
+        phase: where: probe, forward, backward, optimizer, eval.
         asked_bytes: what the allocation that failed asked for; None when it is not known.
         action: what runs from now on, in words ("the loss takes 64 tokens at once").
     """

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from nbqlora.core.plain import plain
 from nbqlora.core.specs import MemoryCategory
 
-PHASES = ("load", "forward", "backward", "step", "optimizer", "eval", "save")
-"""In the order of a run. ``step`` is forward and backward where they are captured and cannot be told apart."""
+PHASES = ("load", "probe", "forward", "backward", "step", "optimizer", "eval", "save")
+"""In the order of a run. ``probe`` is the longest micro-batch, tried before the first step; ``step`` is forward and
+backward where they are captured and cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,23 @@ class MemoryBudget:
         return sum(self.by_category.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What the longest micro-batch took, tried before the first step.
+
+    Args:
+        tokens: that went through the model, padding left out.
+        peak_bytes: the most that existed, of the whole run, as ``max_memory_allocated`` counts it.
+        seconds: of its forward and backward.
+        total_seconds: of all that the probe did.
+    """
+
+    tokens: int
+    peak_bytes: int
+    seconds: float
+    total_seconds: float
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Displayed):
     """What will run, where, and why.
@@ -41,6 +58,10 @@ class Plan(Displayed):
         dtype: arithmetic of the forward and backward: ``bf16``, ``fp16`` or ``fp32``.
         layer_policies: one for each decoder layer, first to last.
         usable_bytes: the most that the run may allocate.
+        n_cards: that train together, on all machines; memory and micro-batches are those of one of them.
+        n_nodes: machines.
+        step_rows: rows, or packs, of a step of all cards; 0 where micro-batches and cards give it.
+        sent_bytes: of gradients, that each card sends in a step.
         step_seconds: forecast of one optimizer step; None without a measured rate.
         total_steps: optimizer steps of the whole run.
         loss_chunk_tokens: supervised tokens that the head loss handles at once.
@@ -48,6 +69,7 @@ class Plan(Displayed):
         host_bytes: pinned host memory for the inputs of layers that offload.
         disk_bytes: of the adapter.
         saving: what keeping the result takes; None where nobody asked.
+        probed: what a probe step found; ``budget`` stays what was predicted.
         unknowns: what the plan does not know, said rather than guessed.
     """
 
@@ -67,9 +89,14 @@ class Plan(Displayed):
     budget: MemoryBudget
     output_dir: str
     disk_bytes: int
+    n_cards: int = 1
+    n_nodes: int = 1
+    step_rows: int = 0
+    sent_bytes: int = 0
     mlp_tile_tokens: int = 0
     host_bytes: int = 0
     saving: SavingNeeds | None = None
+    probed: Probed | None = None
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     unknowns: tuple[str, ...] = ()
@@ -88,7 +115,7 @@ class Plan(Displayed):
     @property
     def effective_batch_size(self) -> int:
         """Rows, or packs, per optimizer step."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.step_rows or self.micro_batch_size * self.gradient_accumulation_steps * self.n_cards
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -55,6 +55,7 @@ class Profile:
         self, kind: Literal["cuda", "cpu"], *, base_bytes: int = 0, clock: Callable[[], float] = perf_counter
     ) -> None:
         self.kind, self.phase = kind, ""
+        self._alone, self._highest = False, 0  # of what is measured now; views look, and so divide it into pieces
         self._base_bytes, self._clock, self._begun = base_bytes, clock, clock()
         self._meter = PeakMeter(kind)
         self._lock = threading.RLock()  # a view's thread looks while the run goes on
@@ -84,8 +85,8 @@ class Profile:
         _latest = weakref.ref(self)
 
     def enter(self, phase: str) -> None:
-        """The phase that runs ends, and this one begins; nothing where it runs already, or outside a stretch."""
-        if phase != self.phase and self.phase:
+        """The phase that runs ends, and this one begins; not outside a stretch, nor where it runs already, or alone."""
+        if phase != self.phase and self.phase and not self._alone:
             with self._lock:
                 self._close()
                 self.phase = phase
@@ -99,6 +100,20 @@ class Profile:
             yield
         finally:
             self.enter(before)
+
+    def measured(self, phase: str, work: Callable[[], None]) -> int:
+        """Do this as a phase of its own, in which no other begins; the bytes of its peak, 0 outside a stretch."""
+        before = self.phase
+        with self._lock:
+            self._close()
+            self.phase, self._alone, self._highest = phase if before else "", True, 0
+        try:
+            work()
+        finally:
+            with self._lock:
+                self._close()
+                self.phase, self._alone = before, False
+        return self._highest
 
     def read(self) -> int:
         """Bytes of the peak since the last :meth:`start`; after :meth:`stop`, of that stretch."""
@@ -149,6 +164,7 @@ class Profile:
         if not self.phase:
             return
         peak, now = self._meter.take()
+        self._highest = max(self._highest, peak)
         found = self._phases.get(self.phase)
         if found is None:
             self._phases[self.phase] = [peak, now]

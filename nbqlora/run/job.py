@@ -21,6 +21,7 @@ from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
 from nbqlora.hub.load import load
 from nbqlora.planner.limits import usable_host_bytes
+from nbqlora.planner.probed import probes
 from nbqlora.run.copies import Copies
 from nbqlora.run.history import unpack_events
 from nbqlora.run.holdings import hold, profile_on
@@ -32,8 +33,9 @@ from nbqlora.run.look import Look
 from nbqlora.run.result import Run
 from nbqlora.run.resume import Beginning, begin, resumed
 from nbqlora.run.saver import Saver, keep_limit, training_state
-from nbqlora.run.session import Session, collect
+from nbqlora.run.session import Session, collect, free_pages
 from nbqlora.run.versions import versions
+from nbqlora.train.ranks import Ranks
 from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
 
@@ -58,7 +60,9 @@ class Job:
         journal: Journal,
         how: str,
         again: Callable[..., Run],
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._config, self._name, self._how, self._again = config, name, how, again
         self.session, self._journal = Session(name, busy=True), journal
         self._peak_bytes, self._profile = 0, profile_on(beginning.plan.device)
@@ -74,8 +78,9 @@ class Job:
 
     def _take(self, seen: Look, beginning: Beginning) -> None:
         self._seen, self.plan, self._checkpoint = seen, beginning.plan, beginning.checkpoint
-        self._saver = Saver(self._config, beginning, seen.work_dir, self.session, self._journal)
-        self._copies = Copies(seen, beginning, keep_limit(self._config), self._journal)
+        writes = self._ranks.first
+        self._saver = Saver(self._config, beginning, seen.work_dir, self.session, self._journal, writes=writes)
+        self._copies = Copies(seen, beginning, keep_limit(self._config), self._journal, writes=writes)
 
     def hint(self) -> str:
         """A line on where to go on after a failure; "" before the first checkpoint and behind the last."""
@@ -85,7 +90,7 @@ class Job:
     def do(self) -> Run:
         """Load, train, save, report."""
         with self._profile:
-            self._load()
+            self._ranks.all_well(self._load)
             try:
                 with self._stop:
                     report = self._trained()
@@ -107,6 +112,8 @@ class Job:
         self._prepare()
         if plan.data.layout is not BatchLayout.PADDED:
             self._check_layout(probe_loaded(self.session.loaded, self._seen.train.dataset[:FEW_ROWS]["input_ids"]))
+        # What loading took for a moment would stand in the process's peak: 0.4 GiB of the demo's 1.4 after loading.
+        free_pages()
 
     def _prepare(self) -> None:
         """Fused layers, the loss, and what stands on the model, listed."""
@@ -140,7 +147,8 @@ class Job:
         twice = isinstance(failure, KeyboardInterrupt)
         status: Status = "failed" if failure else "stopped" if stopped else "done"
         with self._stop.held():
-            saved, not_there = self._copies.adapter(self._save())
+            # The loss is that of all ranks, so all of them come here; what else failed may have failed on this one.
+            saved, not_there = self._kept(alone=failure is not None and not isinstance(failure, NonFiniteLossError))
             why = ["interrupted twice"] if twice else stopped[:1]
             report = self._finish(status, saved, "; ".join([*why, *filter(None, [not_there])]))
         if twice:
@@ -149,6 +157,16 @@ class Job:
         if failure:
             raise failure
         return report
+
+    def _kept(self, *, alone: bool) -> tuple[SavedAdapter | None, str]:
+        """The adapter, saved and copied by the first rank, and what is not where it should be.
+
+        Args:
+            alone: the others may not come here: this rank does not wait for them.
+        """
+        if alone:
+            return self._copies.adapter(self._save()) if self._ranks.first else (None, "")
+        return self._ranks.from_first(lambda: self._copies.adapter(self._save()))
 
     def _checkpoint_now(self, state: TrainingState) -> None:
         told = len(self._journal.events)
@@ -180,11 +198,12 @@ class Job:
             self._peak_bytes = profile.read()
             trainer.release()
             loaded.release()
-            restore(loaded.model)
+            restore(loaded.model, own_storage=False)
             collect()
             hold(profile, loaded)
 
     def _trainer(self, loaded: LoadedModel) -> tuple[QLoraTrainer, EventCallback]:
+        from nbqlora.run.probing import ProbeCallback
         from nbqlora.train.arguments import trainer_arguments
         from nbqlora.train.events import EventCallback, StepMeter
         from nbqlora.train.phases import PhaseCallback
@@ -198,6 +217,7 @@ class Job:
             peak=self._profile.read,
             clock=self._journal.clock,
             save_seconds=self._config.save_minutes * 60,
+            agree=self._ranks.agree_to_stop,
         )
         trainer = QLoraTrainer(
             loaded=loaded,
@@ -212,6 +232,8 @@ class Job:
             tell_short=events.out_of_memory,
             callbacks=[events, PhaseCallback(self._profile.enter, partial(hold, self._profile, loaded))],
         )
+        if probes(self.plan.device):
+            trainer.add_callback(ProbeCallback(trainer, loaded, self._profile.measured, events.probed))
         return trainer, events
 
     def _step(self, event: Event) -> None:
@@ -251,6 +273,8 @@ class Job:
             versions=versions(),
         )
         file = self._seen.work_dir / "run.json"
+        if not self._ranks.first:
+            return report
         try:
             save_json({"config": self._config.as_dict(), **report.as_dict()}, file)
         except OSError as error:  # a full disk: the adapter is saved, and must not be lost with its record

@@ -67,12 +67,15 @@ class Enduring:
         self._loaded, self._ladder, self._run, self._clear = loaded, ladder, run, clear
         self._ranks = Ranks(loaded.device)
 
-    def train(self, batch: MicroBatch, done: Sequence[MicroBatch], collate: Collate) -> None:
+    def train(self, batch: MicroBatch, done: Sequence[MicroBatch], collate: Collate) -> int:
         """Add a micro-batch's gradients, and fill in its loss.
 
         Args:
             done: the step's micro-batches so far.
             collate: makes a part of documents.
+
+        Returns:
+            How often memory ran out, on any rank.
 
         Raises:
             MemoryExhaustedError: it does not fit, whatever is lowered.
@@ -92,7 +95,7 @@ class Enduring:
                 assert isinstance(found, torch.Tensor)
                 batch.loss = found
                 self._ladder.passed()
-                return
+                return tried
             # Where only another rank failed, this one's gradients are complete, and once too many.
             again = again or mine is None or mine.phase != FORWARD or not place.clean
             self._ladder.climb_down(short, tried=tried)
@@ -115,6 +118,11 @@ class Enduring:
                 return found
             self._ladder.climb_down(short, tried=tried)
             tried += 1
+
+    def lower(self, short: Shortage | None) -> bool:
+        """Before memory runs out: all ranks a rung lower where any was short; False where none was, or none is left."""
+        found = self._ranks.agree(short)
+        return found is not None and self._ladder.lower(found)
 
     def once(self, work: Callable[[], T], *, is_whole: Callable[[], bool] = lambda: True) -> T:
         """Work around the optimizer that can be done again from its beginning; memory can only be given back for it.

@@ -13,7 +13,7 @@ from nbqlora.engine.loaded import LoadedModel
 from nbqlora.train.batch import MicroBatch, in_few_shapes
 from nbqlora.train.enduring import Enduring
 from nbqlora.train.ladder import Ladder, means_of
-from nbqlora.train.oom import EVAL, Shortage
+from nbqlora.train.oom import EVAL, PROBE, Shortage
 from nbqlora.train.split import Batch, Collate
 from nbqlora.train.state import Generators
 from nbqlora.train.whole_step import keep_whole, make_states
@@ -46,6 +46,7 @@ class EnduringTrainer(Trainer):
         self._loaded, self._tell = loaded, tell
         self._micro_batches: list[MicroBatch] = []
         self._eval_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._rehearses = False
         ladder = Ladder(loaded, means_of(loaded, ram_bytes), self._tell_short)
         self.enduring = Enduring(loaded, ladder, self.run_part, lambda: self.model.zero_grad())
         self.add_callback(_ReadyOptimizer(self))
@@ -63,7 +64,7 @@ class EnduringTrainer(Trainer):
         """One micro-batch, remembered until the step is known to be finite, run until it fits."""
         random = Generators.now(self._loaded.device)
         batch = MicroBatch(inputs=inputs, count=num_items_in_batch, random=random)
-        self.enduring.train(batch, self._micro_batches, self._collate_part())
+        self.enduring.train(batch, self._micro_batches, self.collate_part())
         self._micro_batches.append(batch)
         return batch.loss
 
@@ -81,14 +82,35 @@ class EnduringTrainer(Trainer):
         self.enduring.once(partial(make_states, self.optimizer.optimizer))
         keep_whole(self.optimizer, self.enduring.once)
 
-    def _collate_part(self) -> Collate:
+    def rehearse(self, inputs: Batch) -> int:
+        """Forward and backward of a micro-batch that belongs to no step, run until it fits; its gradients are dropped.
+
+        Returns:
+            How often memory ran out.
+
+        Raises:
+            MemoryExhaustedError: it does not fit, whatever is lowered.
+        """
+        self.current_gradient_accumulation_steps = 1  # set by each step before it runs
+        (inputs,), count = self.get_batch_samples(iter([inputs]), 1, self._loaded.device)
+        batch = MicroBatch(inputs=inputs, count=count, random=Generators.now(self._loaded.device))
+        self._rehearses = True
+        try:
+            return self.enduring.train(batch, (), self.collate_part())
+        finally:
+            self._rehearses = False
+            self.model.zero_grad()
+
+    def collate_part(self) -> Collate:
+        """What makes a micro-batch, or a part of one, of rows: the run's own collator, in few shapes if captured."""
         step = self._loaded.micro_step()
         collate: Callable[[Any], Batch] = self.data_collator
         return in_few_shapes(collate, step.fix) if step.captures else collate
 
     def _tell_short(self, short: Shortage, action: str) -> None:
         step = self.state.global_step + (short.phase != EVAL)
-        self._tell(step=step, phase=short.phase, asked_bytes=short.asked_bytes, action=action)
+        phase = PROBE if self._rehearses else short.phase
+        self._tell(step=step, phase=phase, asked_bytes=short.asked_bytes, action=action)
 
 
 class _ReadyOptimizer(TrainerCallback):

@@ -56,6 +56,7 @@ class EventCallback(TrainerCallback):
         peak: bytes, highest since the run began.
         clock: seconds since the run began.
         save_seconds: ask for a checkpoint this often, 0 for only at a stop and at the end.
+        agree: given why this process would stop, and whether it would save: what all ranks do.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class EventCallback(TrainerCallback):
         peak: Callable[[], int],
         clock: Callable[[], float],
         save_seconds: float,
+        agree: Callable[[str, bool], tuple[str, bool]] = lambda reason, due: (reason, due),
     ) -> None:
         self._emit, self._meter, self._stop, self._peak, self._clock = emit, meter, stop, peak, clock
-        self._save_seconds = save_seconds
+        self._save_seconds, self._agree = save_seconds, agree
         self._mark = self._saved = perf_counter()
         self._seconds = 0.0
         self._ending = ""
@@ -105,6 +107,11 @@ class EventCallback(TrainerCallback):
             OomEvent(step=step, phase=phase, asked_bytes=asked_bytes, action=action, elapsed_seconds=self._clock())
         )
 
+    def probed(self, text: str) -> None:
+        """A probe step was taken, and what it found; its time belongs to no step."""
+        self._emit(NoteEvent(text=text, elapsed_seconds=self._clock()))
+        self._mark = self._saved = perf_counter()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The loop starts."""
         done = f"{state.max_steps - state.global_step} of " if state.global_step else ""
@@ -128,14 +135,14 @@ class EventCallback(TrainerCallback):
         self._stop.step_done(self._seconds)
         self._steps_here += 1
         control.should_log = True  # every step is an event, whatever logging_steps says
-        reason = self._stop.reason
+        reason, due = self._agreed(0 < self._save_seconds <= now - self._saved)
         last = state.global_step >= state.max_steps
         if reason:
             control.should_evaluate = False
         if reason and not last:
             control.should_training_stop = True
             self._ending = reason
-        if reason or last or 0 < self._save_seconds <= now - self._saved:
+        if reason or last or due:
             # The end of an epoch brings an evaluation: a checkpoint behind it has its result.
             self._save_at_epoch_end = bool(reason) or last or float(state.epoch).is_integer()
             control.should_save = not self._save_at_epoch_end
@@ -188,7 +195,7 @@ class EventCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A stopped run saves at once, without the evaluation that the end of an epoch would bring."""
         self.flush()
-        if self._stop.reason:
+        if self._agreed()[0]:
             control.should_evaluate = False
             if not control.should_training_stop:  # asked for since the epoch's last step
                 control.should_training_stop = self._save_at_epoch_end = True
@@ -208,7 +215,7 @@ class EventCallback(TrainerCallback):
         Raises:
             EvaluationCutError: the trainer's ``evaluate`` takes it.
         """
-        if not self._stop.reason:
+        if not self._agreed()[0]:
             return
         self._emit(NoteEvent(text="this evaluation was cut short", elapsed_seconds=self._clock()))
         self._mark = perf_counter()
@@ -222,6 +229,13 @@ class EventCallback(TrainerCallback):
         event = EvalEvent(step=state.global_step, loss=self._meter.eval_loss, elapsed_seconds=self._clock())
         self._emit(event)
         self._mark = perf_counter()
+
+    def _agreed(self, due: bool = False) -> tuple[str, bool]:
+        """Why all ranks stop here, "" for no stop, and whether they save."""
+        reason, due = self._agree(self._stop.reason, due)
+        if reason:
+            self._stop.request(reason)
+        return reason, due
 
     def _tell_stop(self, step: int, reason: str) -> None:
         self._emit(StoppedEvent(step=step, reason=reason, elapsed_seconds=self._clock()))

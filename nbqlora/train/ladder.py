@@ -23,7 +23,7 @@ from nbqlora.engine.head import own_logits_loss
 from nbqlora.engine.layer import Layer
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.memory.host import read_host
-from nbqlora.train.oom import EVAL, OPTIMIZER, Shortage, give_back
+from nbqlora.train.oom import EVAL, OPTIMIZER, PROBE, Shortage, give_back
 from nbqlora.train.rungs import Footing, Means, lower
 
 # Micro-batches that have to go well before giving memory back is worth another try by itself.
@@ -79,11 +79,20 @@ class Ladder:
         else:
             raise self._exhausted(short)
 
+    def lower(self, short: Shortage) -> bool:
+        """Stand a rung lower before memory runs out, and say so; False where nothing is left to lower."""
+        found = lower(self.footing, short, self._means)
+        if found is None:
+            return False
+        self._loaded.give_up_step()
+        give_back(self._loaded.device)
+        self._stand_on(found[0], short, found[1])
+        return True
+
     def _stand_on(self, footing: Footing, short: Shortage, action: str) -> None:
         self.footing = footing
         plan = footing.put_into(_plan(self._loaded))
-        asked = f", {format_bytes(short.asked_bytes)} more were asked for" if short.asked_bytes else ""
-        decision = Decision(name="lowered", value=action, because=f"memory ran out ({short.phase}{asked})")
+        decision = Decision(name="lowered", value=action, because=_why(short))
         self._loaded.run_as(replace(plan, decisions=(*plan.decisions, decision)), captures=footing.captures)
         self._tell(short, action)
 
@@ -103,6 +112,13 @@ class Ladder:
             words.insert(0, "layers " + " + ".join(f"{n} {policy.value}" for policy, n in counts.items()))
             words += [f"MLPs {now.mlp_tile_tokens:,}"] if now.mlp_tile_tokens else []
         return ", ".join(words)
+
+
+def _why(short: Shortage) -> str:
+    asked = format_bytes(short.asked_bytes or 0)
+    if short.phase == PROBE:
+        return f"the probe took {asked} more than there may be"
+    return f"memory ran out ({short.phase}{f', {asked} more were asked for' if short.asked_bytes else ''})"
 
 
 def means_of(loaded: LoadedModel, ram_bytes: int) -> Means:

@@ -25,7 +25,7 @@ from nbqlora.memory.workspaces import free_workspaces
 
 T = TypeVar("T")
 
-FORWARD, BACKWARD, OPTIMIZER, EVAL = "forward", "backward", "optimizer", "eval"
+FORWARD, BACKWARD, OPTIMIZER, EVAL, PROBE = "forward", "backward", "optimizer", "eval", "probe"
 ON_A_CARD = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -42,7 +42,7 @@ class Shortage:
     """Memory that could not be had, as plain values.
 
     Args:
-        phase: where: forward, backward, optimizer, eval.
+        phase: where: forward, backward, optimizer, eval; probe for a peak that was measured there, above the limit.
         asked_bytes: what the allocation asked for; None when it is not known.
         on_host: it is the host's memory that ran out.
         capturing: a step was being captured.

@@ -23,14 +23,16 @@ from nbqlora.train.enduring_trainer import TellShort
 from nbqlora.train.events import StepMeter
 from nbqlora.train.finite import FindRows, FiniteCallback, FiniteTrainer
 from nbqlora.train.interruptible import InterruptibleTrainer
+from nbqlora.train.ranks import Ranks
 from nbqlora.train.resumable import ResumableTrainer, SaveState
 from nbqlora.train.sent import clip_
+from nbqlora.train.together import TogetherTrainer
 from nbqlora.train.traces import forget_in_bitsandbytes, instance_forwards, restore_forwards
 
 INITIAL_LOSS_SCALE = 2.0**10
 
 
-class QLoraTrainer(FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
+class QLoraTrainer(TogetherTrainer, FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
     """TRL's trainer on a loaded model.
 
     Args:
@@ -59,6 +61,7 @@ class QLoraTrainer(FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self._loaded, self._meter, self._find_rows, self._enter = loaded, meter, find_rows, enter
+        self._ranks = Ranks(loaded.device)
         self._one = torch.ones((), device=loaded.device)
         self._norm: torch.Tensor | None = None
         self._n_parameters: int | None = None
@@ -76,6 +79,7 @@ class QLoraTrainer(FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
             callbacks=[FiniteCallback(self), *callbacks],
         )
         self.endure(loaded, ram_bytes, tell_short)
+        self.train_together()
         for name, p in loaded.model.named_parameters():
             if name in exact:
                 p.data = exact[name]
@@ -184,8 +188,9 @@ class QLoraTrainer(FiniteTrainer, InterruptibleTrainer, ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the exact eval loss where trackers look for it."""
         if "eval_loss" in logs and self._eval_sums:
-            total = sum(float(t) for t, _ in self._eval_sums)
-            self._meter.eval_loss = total / max(1, sum(int(n) for _, n in self._eval_sums))
+            own = sum(float(t) for t, _ in self._eval_sums), sum(int(n) for _, n in self._eval_sums)
+            total, count = self._ranks.total(*own)
+            self._meter.eval_loss = total / max(1, count)
             logs["eval_loss"] = self._meter.eval_loss
         super().log(logs, start_time)
 

@@ -24,8 +24,8 @@ from nbqlora.view.palette import COLOURS
 
 MOST_COLUMNS = 120
 PHASE_COLOURS = {
-    "load": "#6F6F6F", "forward": "#71D0F5", "backward": "#426EBD", "step": "#31865A", "optimizer": "#E4C22D",
-    "eval": "#E296D0", "save": "#7C4293",
+    "load": "#6F6F6F", "probe": "#B39DDB", "forward": "#71D0F5", "backward": "#426EBD", "step": "#31865A",
+    "optimizer": "#E4C22D", "eval": "#E296D0", "save": "#7C4293",
 }  # fmt: skip
 _STRIP = 7
 
