@@ -166,10 +166,14 @@ def attention_backward(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    over: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from that of the result, ``dout`` ``[tokens, heads, dim]``.
 
     The other arguments are the forward's, its result ``out`` and what it returned as ``saved``.
+
+    Args:
+        over: nobody needs q, k and v afterwards, so that their gradients may be written over them.
 
     Returns:
         In the shapes of q, k and v.
@@ -180,11 +184,11 @@ def attention_backward(
     _check(kind, q, k, v, documents, window, softcap)
     window = None if window is None or window >= documents.longest else window
     if kind is AttentionKind.FLASH:
-        return flash_backward(dout, q, k, v, out, saved, documents, scale=scale, window=window)
+        return flash_backward(dout, q, k, v, out, saved, documents, scale=scale, window=window, over=over)
     if kind is AttentionKind.EFFICIENT:
-        return efficient_backward(dout, q, k, v, out, saved, documents, scale=scale, window=window)
+        return efficient_backward(dout, q, k, v, out, saved, documents, scale=scale, window=window, over=over)
     if kind is AttentionKind.CUDNN:
-        return cudnn_backward(dout, q, k, v, out, saved, documents, scale=scale)
+        return cudnn_backward(dout, q, k, v, out, saved, documents, scale=scale, over=over)
     attend, at_once = _plain(kind, scale, window, softcap)
     return plain_backward(attend, dout, q, k, v, documents, rows_at_once=at_once)
 

@@ -114,8 +114,8 @@ class Engine:
         self._own_forwards[module] = module.__dict__.get("forward")
         module.forward = forward
 
-    def remove(self) -> None:
-        """Take them off again, and give the adapters storage of their own."""
+    def remove(self, *, own_storage: bool = True) -> None:
+        """Take them off again, and give the adapters storage of their own, unless nothing may be allocated."""
         for hook in self._hooks:
             hook.remove()
         for module, own in self._own_forwards.items():
@@ -127,7 +127,7 @@ class Engine:
         if self.scratch.slab is not None:
             self.scratch.slab.free()
             self.scratch.slab = None
-        if self.scratch.adapters is not None:
+        if self.scratch.adapters is not None and own_storage:
             self.scratch.adapters.release()
 
     def kind_for(self, layer: Layer, *, dense: bool) -> AttentionKind:

@@ -1,8 +1,8 @@
 """A decoder layer's backward, from what its forward kept.
 
 Adapters' gradients are added straight to their flat buffer. A layer that recomputes makes all that it dropped at once,
-writes gate's and up's gradients over their values, and lets go of each tensor when it was used; what a layer kept, its
-autograd node holds until the end.
+writes gate's and up's gradients over their values (where rows are long, also those of q, k and v), and lets go of each
+tensor when it was used; what a layer kept, its autograd node holds until the end.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def layer_backward(
         None if it was not needed; its rows may lie further apart than ``d_model``, with room for what the layer before
         puts behind them.
     """
-    tiles = layer.tiles(gradient.shape[0])
+    tiles, fresh = layer.tiles(gradient.shape[0]), "qkv" not in kept
     own = recompute(layer, call, kept, mlp=len(tiles) == 1)
     middle, at_o = _mlp_half(layer, gradient, kept, own, tiles)
-    return _attention_backward(layer, middle, at_o, kept, call, need_input)
+    return _attention_backward(layer, middle, at_o, kept, call, need_input, fresh)
 
 
 def _mlp_half(
@@ -56,9 +56,13 @@ def _mlp_half(
 def _mlp_backward_in_tiles(
     layer: Layer, gradient: torch.Tensor, kept: Tensors, tiles: list[slice], direct: bool
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """As :func:`_mlp_backward`, gate and up made again and used up tile by tile."""
+    """As :func:`_mlp_backward`, gate and up made again and used up tile by tile.
+
+    Where the gradient that comes is a tensor that the layer behind made, each tile's result is written over its own.
+    """
     scratch, handed = layer.scratch, layer.scratch.handed
-    at_o = layer.o.gradient_buffers(gradient)
+    over = direct and handed is not None and _is_body(gradient, handed, layer.o)
+    at_o = (handed,) if over and handed is not None else layer.o.gradient_buffers(gradient)
     middle = at_o[0][:, : gradient.shape[1]] if direct else torch.empty_like(gradient)
     between, u_down = kept.pop("between"), kept.pop("u_down", None)
     for rows in tiles:
@@ -113,15 +117,16 @@ def _attention_backward(
     kept: Tensors,
     call: Call,
     need_input: bool,
+    fresh: bool,
 ) -> torch.Tensor | None:
-    """Gradient of the residual between the halves -> gradient of the layer's input."""
+    """Gradient of the residual between the halves -> gradient of the layer's input; ``fresh`` q, k, v are used up."""
     scratch, seed, d = layer.scratch, kept.get("seed_1"), gradient.shape[1]
     flat, v = backward_product(layer.o, at_o, scratch, seed)
     assert flat is not None
     attended = kept.pop("attention")
     add_adapter_gradients(layer.o, at_o, v, attended, kept.pop("u_o", None), scratch, seed)
     joined = kept.pop("qkv")
-    of_attention = _of_attention(layer, flat, joined, attended, kept, call)
+    of_attention = _of_attention(layer, flat, joined, attended, kept, call, over=fresh)
     del flat, attended
     gradients = layer.qkv.gradient_buffers(gradient)
     _gradients_of_projections(layer, of_attention, joined, call, gradients[0])
@@ -141,14 +146,21 @@ def _attention_backward(
 
 
 def _of_attention(
-    layer: Layer, outer: torch.Tensor, joined: torch.Tensor, attended: torch.Tensor, kept: Tensors, call: Call
+    layer: Layer,
+    outer: torch.Tensor,
+    joined: torch.Tensor,
+    attended: torch.Tensor,
+    kept: Tensors,
+    call: Call,
+    *,
+    over: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradient of attention's result -> of rotated q and k, and of v."""
+    """Gradient of attention's result -> of rotated q and k, and of v; ``over`` these, where it saves room."""
     h = layer.heads
     q, k, v = rotated(layer, joined, call, fresh=False)
     rest = tuple(kept.pop(f"attention_{i}") for i in range(sum(n.startswith("attention_") for n in kept)))
     dout, out = (t.unflatten(1, (-1, h.dim)) for t in (outer, attended))
-    how = {"scale": h.scale, "window": h.window, "softcap": h.softcap}
+    how = {"scale": h.scale, "window": h.window, "softcap": h.softcap, "over": over}
     return attention_backward(call.attention, dout, q, k, v, out, rest, call.documents, **how)  # type: ignore[arg-type]
 
 

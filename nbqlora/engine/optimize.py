@@ -56,12 +56,16 @@ def apply_plan(model: Any, plan: Plan) -> tuple[Replacement, ...]:
     return apply_policies(model, plan.layer_policies, slot_bytes=slot_bytes, mlp_tile_tokens=tile)
 
 
-def restore(model: Any) -> None:
-    """Undo :func:`optimize`: every attribute is what it was; parameters and gradients keep their values."""
+def restore(model: Any, *, own_storage: bool = True) -> None:
+    """Undo :func:`optimize`: every attribute is what it was; parameters and gradients keep their values.
+
+    Args:
+        own_storage: False leaves the adapters views of one buffer, and allocates nothing: for a card that may be full.
+    """
     clear_policies(model)
     engine = engine_of(model)
     if engine is not None:
-        engine.remove()
+        engine.remove(own_storage=own_storage)
         del _base(model).__dict__[ATTRIBUTE]
 
 

@@ -18,10 +18,16 @@ KNOWN_WARNINGS = (
 )
 # bitsandbytes looks for a prebuilt CPU kernel on the hub and says so when it finds none. TRL doubts packing
 # without flash attention; with SDPA the mask is made from the position ids, and the loss is the same (tests).
+# transformers wonders about a group of processes that it is not told of (nbqlora.train.together). The hub's client
+# tells each try at a hub that is busy; hub.access tells once that it tries.
 KNOWN_LOGS = (
     "Failed to load CPU gemm_4bit_forward",
     "Padding-free training is enabled, but the attention",
     "You are using a per_device_train_batch_size of 1 with padding-free training",
+    "torch.distributed process group is initialized, but parallel_mode",
+    "HTTP Error 503 thrown while requesting",
+    "HTTP Error 429 thrown while requesting",
+    "Retrying in ",
 )
 
 
@@ -33,8 +39,9 @@ def quiet_libraries(*, progress_bars: bool = False) -> Iterator[None]:
     bars = hf_logging.is_progress_bar_enabled()
     if not progress_bars:
         hf_logging.disable_progress_bar()
-    log, dropped = logging.getLogger("bitsandbytes"), _Known()
-    handlers = [*log.handlers, *logging.getLogger().handlers, *([logging.lastResort] if logging.lastResort else [])]
+    dropped = _Known()
+    logs = [logging.getLogger(name) for name in ("bitsandbytes", "transformers", "huggingface_hub", None)]
+    handlers = [*(h for log in logs for h in log.handlers), *([logging.lastResort] if logging.lastResort else [])]
     for handler in handlers:
         handler.addFilter(dropped)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +14,9 @@ from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import memory_of
+from nbqlora.planner.lean import leanest
 from nbqlora.planner.limits import Limits, limits_of
 from nbqlora.planner.mix import Mix
-from nbqlora.planner.quickest import leanest
 from nbqlora.planner.reasons import in_words
 from nbqlora.planner.search import candidates, longest_row
 
@@ -115,7 +116,9 @@ def longest_that_fits(
     limits = limits_of(config, device)
 
     def least(n: int) -> tuple[int, Mix]:
-        batch = MicroBatch(rows=1, row_tokens=n, supervised_tokens=n, layout=data.layout)
+        # Of a full pack; a row is one whatever is said here.
+        documents = math.ceil(n * data.n_rows / max(1, data.n_tokens))
+        batch = MicroBatch(rows=1, row_tokens=n, supervised_tokens=n, layout=data.layout, n_documents=documents)
         memory = memory_of(config, model, device, dtype, batch)
         mix = leanest(memory, model.n_layers, limits)
         return memory.total_bytes(mix), mix

@@ -15,8 +15,8 @@ from nbqlora.core.families import Family
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import MIB
 
-# What the memory-efficient backward may take for dq in fp32, as the engine limits it.
-EFFICIENT_WORKSPACE_BYTES = 256 * MIB
+# What a backward may take for dq in fp32, as the engine limits it.
+WORKSPACE_BYTES = 256 * MIB
 # A kernel's tile of tokens: flash holds one more of dq for each document.
 FLASH_TILE = 128
 # Capability on which cuDNN is faster than flash for rows of one length without a window.
@@ -151,6 +151,11 @@ class Attended:
         return parts + self._expanded(n) + (4 * self.q * self.c + 4 * self.heads) * n + self._mask()
 
     @property
+    def groups(self) -> int:
+        """Groups of heads that the backward takes one after the other."""
+        return -(-self._kv_heads // self._kv_heads_at_once) if self.kernel in CAPTURED else 1
+
+    @property
     def writes_scores(self) -> bool:
         """Scores of a document exist as a matrix; a card's SDPA, which runs where no kernel serves, is taken to."""
         return self.kernel is Kernel.MATH or (self.kernel is Kernel.SDPA and self.on_card)
@@ -177,21 +182,56 @@ class Attended:
         return 4 * self.heads * self.documents * _up(self.longest, 32)
 
     def _flash_backward(self) -> int:
-        """Gradient of q in fp32, sums, and gradients of expanded keys and values; cuDNN is taken to need as much."""
-        more = 0 if self.dense else FLASH_TILE * self.documents
-        dq = 4 * self.heads * _up(self.head_dim, 32) * (self.tokens + more)
-        return dq + 4 * self.heads * (self.tokens + more) + self._expanded(self.tokens)
+        """Gradient of q in fp32, sums, and gradients of expanded keys and values; cuDNN is taken to need as much.
+
+        In groups of heads all that for one group, with its three gradients; flash copies the group's part of the result
+        and of its gradient (H200, 32,768 tokens in two groups: 962 MiB, 706 without these).
+        """
+        at_once, n_heads = self._kv_heads_at_once, self._kv_heads
+        log_sums = 4 * self.heads * self._padded_tokens
+        around = at_once * self._kv_head_workspace + (log_sums + self._expanded(self.tokens)) * at_once // n_heads
+        if self.groups == 1:
+            return around
+        copied = 2 * self.q if self.kernel is Kernel.FLASH else 0
+        return around + (self.q + 2 * self.kv + copied) * self.c * self.tokens * at_once // n_heads
 
     def _efficient_backward(self) -> int:
         """Expanded keys and values, their gradients, and dq in fp32 at each document's longest length.
 
-        The gradients of k and v are made when the operator is done with these, unless parts of them are there already.
+        In groups of heads all that exists for one group, with its dq and copies of its result and of the result's
+        gradient (H200, 32,768 tokens in two groups: 1,154 MiB). In one, the gradients of k and v are made when the
+        operator is done with these.
         """
-        whole = 4 * self.q * self.documents * self.longest
-        one_group = whole * self.head_dim // self.kv
-        workspace = min(whole, max(EFFICIENT_WORKSPACE_BYTES, one_group))
-        later = 2 * self.kv * self.c * self.tokens if self.kv < self.q and workspace == whole else 0
-        return 2 * self._expanded(self.tokens) + workspace + 2 * self._placed() - later
+        at_once, shared = self._kv_heads_at_once, self.kv < self.q
+        around = at_once * self._kv_head_workspace + 2 * self._placed()
+        if self.groups == 1:
+            return 2 * self._expanded(self.tokens) + around - (2 * self.kv * self.c * self.tokens if shared else 0)
+        share = self.q * self.c * self.tokens * at_once // self._kv_heads
+        return (7 if shared else 5) * share + around
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.kv // self.head_dim
+
+    @property
+    def _kv_head_workspace(self) -> int:
+        """Of dq in fp32, for the heads that share one of k's."""
+        if self.kernel is Kernel.EFFICIENT:
+            return 4 * self.documents * self.longest * self.q // self._kv_heads
+        return 4 * self.heads // self._kv_heads * _up(self.head_dim, 32) * self._padded_tokens
+
+    @property
+    def _padded_tokens(self) -> int:
+        """As flash holds them: a tile more for each document."""
+        return self.tokens + (0 if self.dense else FLASH_TILE * self.documents)
+
+    @property
+    def _kv_heads_at_once(self) -> int:
+        """As many as the engine's limit allows."""
+        of_one = self._kv_head_workspace
+        if self.kernel is not Kernel.EFFICIENT:  # the engine does not round a head up
+            of_one = of_one // _up(self.head_dim, 32) * self.head_dim
+        return min(self._kv_heads, max(1, WORKSPACE_BYTES // of_one))
 
 
 def _up(n: int, step: int) -> int:

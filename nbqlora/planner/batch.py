@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from nbqlora.core.specs import BatchLayout
 
+# Rows of more tokens are not captured, as in the engine.
+CAPTURED_TOKENS = 16384
 # As the engine fills a captured batch up.
 SHAPES, LEAST_STEP, LEAST_DOCUMENTS = 8, 64, 8
 
@@ -38,7 +40,7 @@ class MicroBatch:
         """Of all rows."""
         if not captured:
             return self.rows * self.row_tokens
-        return self._lines * _up(self._line_tokens, self._step)
+        return self._lines * _up(self.line_tokens, self._step)
 
     def mean_tokens(self, typical: float, *, captured: bool) -> float:
         """Of all rows, where ``typical`` is what a row has, padded or not."""
@@ -46,7 +48,7 @@ class MicroBatch:
         if not captured:
             return tokens
         exact = not self.ragged and self.layout is not BatchLayout.PACKED
-        filling = _up(self._line_tokens, self._step) - self._line_tokens if exact else self._step / 2
+        filling = _up(self.line_tokens, self._step) - self.line_tokens if exact else self._step / 2
         return tokens + self._lines * filling
 
     @property
@@ -55,14 +57,14 @@ class MicroBatch:
         return 1 if self.joined else self.rows
 
     @property
-    def _line_tokens(self) -> int:
+    def line_tokens(self) -> int:
         """Tokens of the longest of them."""
         return self.row_tokens * (self.rows if self.joined else 1)
 
     @property
     def _step(self) -> int:
         """Between two shapes."""
-        return max(LEAST_STEP, _up(-(-self._line_tokens // SHAPES), LEAST_STEP))
+        return max(LEAST_STEP, _up(-(-self.line_tokens // SHAPES), LEAST_STEP))
 
     @property
     def joined(self) -> bool:

@@ -8,12 +8,14 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Decision
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
-from nbqlora.planner import reasons
+from nbqlora.planner import probed, reasons
 from nbqlora.planner.attention import choose_kernel
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.fused import fused_family, not_captured_because
+from nbqlora.planner.fused_memory import FusedMemory
 from nbqlora.planner.limits import HOST_RESERVE_BYTES, Limits
+from nbqlora.planner.search import longest_row
 from nbqlora.planner.standing import FRAGMENTATION_BYTES
 
 
@@ -38,6 +40,7 @@ def decisions(
         *_tiles(config, best, limits),
         *_host(config, device, best, limits),
         *_how_it_runs(config, model, device, data, dtype, best),
+        probed.intended(device),
         Decision(name="loss", value=f"{best.loss_chunk_tokens} tokens at once", because=reasons.chunk(best)),
         Decision(
             name="memory",
@@ -87,15 +90,19 @@ def _how_it_runs(
 ) -> list[Decision]:
     """Attention, of which nothing is known in transformers' own layers, and the step."""
     family = fused_family(model, config)
-    eager = not_captured_because(family, model, device, dtype)
+    batch = MicroBatch(
+        rows=best.micro_batch_size, row_tokens=longest_row(config, data), supervised_tokens=1, layout=data.layout
+    )
+    eager = not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
     step = Decision(name="step", value="eager", because=eager)
     if not eager:
         step = Decision(name="step", value="captured as a CUDA graph", because="after the first of a shape")
     if family is None:
         return [step]
-    batch = MicroBatch(rows=best.micro_batch_size, row_tokens=1, supervised_tokens=1, layout=data.layout)
     what, _, why = choose_kernel(family, device, dtype, model.head_dim, dense=batch.dense)[1].partition(": ")
-    return [Decision(name="attention", value=what, because=why), step]
+    groups = best.memory.layer.attended.groups if isinstance(best.memory, FusedMemory) else 1
+    value = what if groups == 1 else f"{what}; backward in {groups} groups of heads"
+    return [Decision(name="attention", value=value, because=why), step]
 
 
 def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:

@@ -17,7 +17,7 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.families import FAMILIES, Family
 from nbqlora.core.specs import DeviceSpec, LayerPolicy, ModelSpec
 from nbqlora.planner.attention import CAPTURED, Attended, choose_kernel
-from nbqlora.planner.batch import MicroBatch
+from nbqlora.planner.batch import CAPTURED_TOKENS, MicroBatch
 from nbqlora.planner.standing import DTYPE_BYTES, quantized, targets
 
 # A group's projections, in the engine's order; a family has those of the one or of the other name.
@@ -48,11 +48,14 @@ def fused_family(model: ModelSpec, config: FinetuneConfig) -> Family | None:
     return FAMILIES.get(model.architecture)
 
 
-def not_captured_because(family: Family | None, model: ModelSpec, device: DeviceSpec, dtype: str) -> str:
+def not_captured_because(
+    family: Family | None, model: ModelSpec, device: DeviceSpec, dtype: str, *, row_tokens: int = 0
+) -> str:
     """Why steps are not captured as CUDA graphs, in the engine's words; "" where they are.
 
     Args:
         family: None where layers stay transformers' own.
+        row_tokens: of the longest row, what lies end to end being one; 0 for one that is short enough.
     """
     if device.kind == "cpu":
         return "a CPU has no graphs to capture"
@@ -60,6 +63,8 @@ def not_captured_because(family: Family | None, model: ModelSpec, device: Device
         return "not every layer is a fused one"
     if choose_kernel(family, device, dtype, model.head_dim, dense=False)[0] not in CAPTURED:
         return "its attention is computed document by document"
+    if row_tokens > CAPTURED_TOKENS:
+        return f"rows of more than {CAPTURED_TOKENS:,} tokens keep the card busy, and graphs would hold memory"
     return ""
 
 
@@ -181,7 +186,7 @@ def fused_layer(
     batch: MicroBatch,
 ) -> FusedLayer:
     """One layer of a model, for a micro-batch."""
-    captured = not not_captured_because(family, model, device, dtype)
+    captured = not not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
     c, tokens = DTYPE_BYTES[dtype], batch.tokens(captured=captured)
     attended = Attended(
         kernel=choose_kernel(family, device, dtype, model.head_dim, dense=batch.dense)[0],

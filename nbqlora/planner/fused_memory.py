@@ -130,7 +130,8 @@ def fused_memory(
     batch: MicroBatch,
 ) -> FusedMemory:
     """What one micro-batch takes."""
-    captured, c = not not_captured_because(family, model, device, dtype), DTYPE_BYTES[dtype]
+    captured = not not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
+    c = DTYPE_BYTES[dtype]
     layer = fused_layer(family, model, config, device, dtype, batch)
     standing = standing_bytes(config, model, device, c)
     standing[MemoryCategory.ADAPTER] += adapter_params(model, config) * c if c < 4 else 0

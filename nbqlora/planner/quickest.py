@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import Memory
+from nbqlora.planner.lean import joining_mix, lean, leanest, near, slots_of
 from nbqlora.planner.limits import Limits
-from nbqlora.planner.mix import Mix, neighbours
+from nbqlora.planner.mix import Mix
 from nbqlora.planner.pace import Pace
 
 Slowness = tuple[float, float]
@@ -77,6 +78,8 @@ class Split:
         # What is a layer slower may still become quicker from neighbour to neighbour.
         more = None if known is None else (known[0] + self.pace.recomputed, known[1] + 1)
         found += self._joined(limits, more)
+        if any(mix.offload and mix.join for mix in found):  # where copies are slow, joining alone may be quicker
+            found += self._joined(replace(limits, host_bytes=0), more)
         if not found:
             least = leanest(self.memory, self.n_layers, limits)
             found = [least] if self._fits(least, limits) else []
@@ -85,16 +88,16 @@ class Split:
 
     def _climb(self, mix: Mix, limits: Limits) -> Mix:
         """The quickest that is reached one layer, or one size of tiles, at a time."""
-        slots = _slots(self.memory, self.n_layers, limits)
+        slots = slots_of(self.memory, self.n_layers, limits)
         while True:
-            near = [m for m in self._near(mix) if m.offload <= slots and self.slowness(m) < self.slowness(mix)]
-            better = next((m for m in sorted(near, key=self.slowness) if self._fits(m, limits)), None)
+            quicker = [m for m in self._near(mix) if m.offload <= slots and self.slowness(m) < self.slowness(mix)]
+            better = next((m for m in sorted(quicker, key=self.slowness) if self._fits(m, limits)), None)
             if better is None:
                 return mix
             mix = better
 
     def _near(self, mix: Mix) -> Iterator[Mix]:
-        yield from _near(mix, self.memory)
+        yield from near(mix, self.memory)
         if mix.tile_tokens:
             yield from (mix.with_tiles(n) for n in (0, 2 * mix.tile_tokens) if not n or n in self.memory.tiles)
 
@@ -117,7 +120,7 @@ class Split:
     def _with_mlps(self, n_whole: int, limits: Limits) -> Iterator[Mix]:
         """The numbers of MLPs that go with so many whole layers, each with the fewest offloads."""
         most = self.n_layers - n_whole if self.memory.mlp_alone else 0
-        slots = min(n_whole, _slots(self.memory, self.n_layers, limits))
+        slots = min(n_whole, slots_of(self.memory, self.n_layers, limits))
         fewest = _fewest(most, lambda n: self._fits(self._mix(n_whole, n, slots), limits))
         if fewest is None:
             return
@@ -135,7 +138,7 @@ class Split:
 
     def _none_kept(self, limits: Limits, tile: int, known: Slowness | None) -> list[Mix]:
         """With no layer that keeps everything, and MLPs in tiles: the quickest of those that beat ``known``."""
-        n, slots = self.n_layers, _slots(self.memory, self.n_layers, limits)
+        n, slots = self.n_layers, slots_of(self.memory, self.n_layers, limits)
 
         def mix(n_whole: int, offload: int) -> Mix:
             return replace(self._mix(n_whole, n - n_whole, offload), tile_tokens=tile)
@@ -143,14 +146,18 @@ class Split:
         least = 0 if self.memory.mlp_alone else n
         if known is not None and self.slowness(mix(least, 0)) > known:
             return []
-        fewest = _fewest(n - least, lambda more: self._fits(mix(least + more, min(least + more, slots)), limits))
+        fewest = _fewest(
+            n - least,
+            lambda more: any(self._fits(mix(least + more, k), limits) for k in _most(least + more, slots, n)),
+        )
         if fewest is None:
             return []
         found: list[Mix] = []
         for n_whole in range(least + fewest, n + 1):
             if known is not None and self.slowness(mix(n_whole, 0)) > known:
                 break
-            offload = _fewest(min(n_whole, slots), lambda n: self._fits(mix(n_whole, n), limits))  # noqa: B023
+            fewest_of = (_fewest(k, lambda n: self._fits(mix(n_whole, n), limits)) for k in _most(n_whole, slots, n))  # noqa: B023
+            offload = next((k for k in fewest_of if k is not None), None)
             if offload is not None:
                 found.append(mix(n_whole, offload))
                 known = min(known or self.slowness(found[-1]), self.slowness(found[-1]))
@@ -162,19 +169,19 @@ class Split:
         Args:
             known: what none needs to be looked at that is slower.
         """
-        slots, n, found, n_join = _slots(self.memory, self.n_layers, limits), self.n_layers, list[Mix](), 1
-        if not self.memory.joins or n == 1 or (known is not None and self.slowness(_joining(n, 1, 0, 0)) > known):
+        slots, n, found, n_join = slots_of(self.memory, self.n_layers, limits), self.n_layers, list[Mix](), 1
+        if not self.memory.joins or n == 1 or (known is not None and self.slowness(joining_mix(n, 1, 0, 0)) > known):
             return found
         for tile in (*reversed(self.memory.tiles), 0):
             # Larger tiles take more, so that no fewer layers have to join.
-            while n_join < n and not self._fits(_joining(n, n_join, slots, tile), limits):
+            while n_join < n and not self._fits(joining_mix(n, n_join, slots, tile), limits):
                 n_join += 1
-                if known is not None and self.slowness(_joining(n, n_join, 0, 0)) > known:
+                if known is not None and self.slowness(joining_mix(n, n_join, 0, 0)) > known:
                     return found
             if n_join == n:
                 break
-            fewest = _fewest(slots, lambda k: self._fits(_joining(n, n_join, k, tile), limits))  # noqa: B023
-            found.append(_joining(n, n_join, fewest or 0, tile))
+            fewest = _fewest(slots, lambda k: self._fits(joining_mix(n, n_join, k, tile), limits))  # noqa: B023
+            found.append(joining_mix(n, n_join, fewest or 0, tile))
         return found
 
     def _mix(self, n_whole: int, n_mlp: int, offload: int) -> Mix:
@@ -186,47 +193,13 @@ class Split:
         return self.memory.total_bytes(mix) <= limits.device_bytes
 
 
-def leanest(memory: Memory, n_layers: int, limits: Limits) -> Mix:
-    """The mix that takes the least of the card, within what the host has."""
-    mix, slots = lean(memory, n_layers, limits), _slots(memory, n_layers, limits)
-    while True:
-        best = min((m for m in _near(mix, memory) if m.offload <= slots), key=memory.total_bytes)
-        if memory.total_bytes(best) >= memory.total_bytes(mix):
-            return mix
-        mix = best
+def _most(n_whole: int, slots: int, n_layers: int) -> tuple[int, ...]:
+    """The most offloads to try; one fewer too where the last layer would be among them.
 
-
-def lean(memory: Memory, n_layers: int, limits: Limits) -> Mix:
-    """:func:`leanest` to a percent, in less time."""
-    slots = _slots(memory, n_layers, limits)
-    tile = memory.tiles[-1] if memory.tiles else 0
-    if not memory.joins:
-        return Mix(recompute=n_layers - slots, offload=slots)
-    if slots == n_layers:
-        # Joining and staying here may spare a little of what the last layers keep.
-        few = min(n_layers, 3)
-        mixes = [_joining(n_layers, joining, n_layers - here, tile) for joining in range(few) for here in range(few)]
-    else:
-        mixes = [_joining(n_layers, joining, slots, tile) for joining in range(0, n_layers, -(-n_layers // 16))]
-    return min(mixes, key=memory.total_bytes)
-
-
-def _near(mix: Mix, memory: Memory) -> Iterator[Mix]:
-    """Neighbours that such layers can be."""
-    for near in neighbours(mix):
-        if (memory.mlp_alone or not near.recompute_mlp) and (memory.joins or not near.join):
-            yield near
-
-
-def _slots(memory: Memory, n_layers: int, limits: Limits) -> int:
-    """Layers whose input the host has room for."""
-    return min(n_layers, limits.host_bytes // memory.input_bytes)
-
-
-def _joining(n_layers: int, n_join: int, slots: int, tile: int) -> Mix:
-    """So many layers that join, the others with their input on the host as far as there is room."""
-    offload = min(slots, n_layers - n_join)
-    return Mix(recompute=n_layers - n_join - offload, offload=offload, join=n_join, tile_tokens=tile)
+    Its backward takes more than the others', and comes with the next input from the host beside its own.
+    """
+    most = min(n_whole, slots)
+    return (most, most - 1) if most == n_layers else (most,)
 
 
 def _fewest(most: int, enough: Callable[[int], bool]) -> int | None:

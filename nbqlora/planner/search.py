@@ -75,7 +75,8 @@ def split_of(
     attended, family = typical, fused_family(model, config)
     if batch.joined:  # a mask spans the whole batch; fused layers need none, and look at a document alone
         attended = rows * typical if family is None else data.mean_tokens
-    tokens = batch.mean_tokens(typical, captured=not not_captured_because(family, model, device, dtype))
+    eager = not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
+    tokens = batch.mean_tokens(typical, captured=not eager)
     load = Load(tokens=tokens, attended=attended, supervised_share=share, accumulation=accumulation)
     return Split(
         rows=rows,
@@ -86,18 +87,35 @@ def split_of(
     )
 
 
-def splits(config: FinetuneConfig, data: DataStats) -> Iterator[tuple[int, int]]:
-    """Every device batch with its accumulation that makes the effective batch."""
+def n_cards(config: FinetuneConfig) -> int:
+    """Cards that train together; ``"all"`` was counted before."""
+    return config.gpus if isinstance(config.gpus, int) else 1
+
+
+def step_rows(config: FinetuneConfig, data: DataStats) -> int:
+    """Rows, or packs, of a step; the same however many cards share them, unless each card's were asked for."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if batch and accumulation:
-        yield batch, accumulation
-        return
+        return config.effective_batch_size or batch * accumulation * n_cards(config)
     effective = config.effective_batch_size or default_effective_batch(data)
     if config.effective_batch_size is None and (batch or accumulation):
         fixed = batch or accumulation or 1
         effective = fixed * max(1, round(effective / fixed))
-    for size in range(1, effective + 1):
-        steps, rest = divmod(effective, size)
+    return effective
+
+
+def splits(config: FinetuneConfig, data: DataStats) -> Iterator[tuple[int, int]]:
+    """Every device batch with its accumulation that makes a card's share of the effective batch."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if batch and accumulation:
+        yield batch, accumulation
+        return
+    share = -(-step_rows(config, data) // n_cards(config))
+    pinned = batch or accumulation
+    if pinned and share % pinned:  # a share that is rounded up to what was asked for
+        share = -(-share // pinned) * pinned
+    for size in range(1, share + 1):
+        steps, rest = divmod(share, size)
         if not rest and size == (batch or size) and steps == (accumulation or steps):
             yield size, steps
 

@@ -36,7 +36,7 @@ class StockMemory:
     batch: MicroBatch
     c: int
 
-    # transformers' own layers neither join nor take their MLP in tiles.
+    # transformers' own layers neither join nor take their MLP in tiles, and bitsandbytes unpacks their weights.
     joins = False
     tiles: ClassVar[tuple[int, ...]] = ()
 

@@ -13,9 +13,10 @@ from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.known import CARDS, CONTEXT_BYTES, PLENTY_BYTES, SHAPES, device_of, model_of
+from nbqlora.planner.lean import leanest
 from nbqlora.planner.limits import Limits
 from nbqlora.planner.mix import all_kept
-from nbqlora.planner.quickest import Split, leanest
+from nbqlora.planner.quickest import Split
 from nbqlora.planner.reasons import in_words
 from nbqlora.planner.search import split_of, splits
 from nbqlora.planner.standing import FRAGMENTATION_BYTES, choose_dtype

@@ -64,7 +64,7 @@ def backward_peak(layer: FusedLayer, policy: LayerPolicy, *, last: bool, tile_to
         make_gate_up(layer, live)
         mlp_backward(layer, live, last, own=True)
     leave_mlp(layer, live)
-    _attention_backward(layer, live)
+    _attention_backward(layer, live, fresh=policy not in (LayerPolicy.KEEP, LayerPolicy.RECOMPUTE_MLP))
     return live.peak
 
 
@@ -95,21 +95,23 @@ def _rotated(layer: FusedLayer, live: Live, *, fresh: bool) -> None:
         live.brief(ref.rope(layer))
 
 
-def _attention_backward(layer: FusedLayer, live: Live) -> None:
+def _attention_backward(layer: FusedLayer, live: Live, *, fresh: bool) -> None:
+    """``fresh``: q, k and v were computed again; groups of heads then write their gradients over them."""
     d, r, family = layer.d, layer.r, layer.family
+    over = fresh and layer.attended.groups > 1
     live.hold(flat=layer.rows(layer.q))
     gradient_product(layer, live, "o")
     adapter_gradients(layer, live, "o")
     live.drop("u_o")
     _rotated(layer, live, fresh=False)
-    live.hold(found=layer.rows(layer.qkv))
+    live.hold(found=0 if over else layer.rows(layer.qkv))
     live.brief(layer.attended.backward_bytes)
-    live.drop("normed_heads", "flat", "attention", "attention_0")
+    live.drop("flat", "attention", "attention_0", *(() if over else ("normed_heads",)))
     live.hold(gradients=layer.rows(layer.qkv + r["qkv"]))
     live.brief(ref.rope(layer))
     if family.qk_norm:
         live.brief(max(layer.rows(layer.q), ref.norm_backward(layer, layer.q)))
-    live.drop("found", "qkv")
+    live.drop("found", "qkv", "normed_heads")
     live.hold(inner=layer.rows(d))
     gradient_product(layer, live, "qkv")
     live.hold(handed=layer.rows(d + r["down"]))

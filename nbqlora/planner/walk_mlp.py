@@ -90,9 +90,10 @@ def make_gate_up(layer: FusedLayer, live: Live) -> None:
 
 
 def mlp_backward_in_tiles(layer: FusedLayer, live: Live, last: bool, tile_tokens: int) -> None:
-    """One tile: nothing of it is left when the next begins."""
+    """One tile: nothing of it is left when the next begins; what comes from a layer of ours is written over."""
     tile, d = replace(layer, tokens=min(tile_tokens, layer.tokens)), layer.d
-    live.hold(at_o=layer.rows(d + layer.r["o"]), middle=0 if _direct(layer) else layer.rows(d))
+    over = _direct(layer) and not last and layer.r["o"] == layer.r["down"]
+    live.hold(at_o=0 if over else layer.rows(d + layer.r["o"]), middle=0 if _direct(layer) else layer.rows(d))
     input_of(tile, live, "gate_up", tile.family.mlp_in)
     make_gate_up(tile, live)
     mlp_backward(tile, live, last, own=True, at_o=False)

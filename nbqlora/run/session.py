@@ -48,7 +48,7 @@ class Session:
 def _empty(loaded: LoadedModel) -> None:
     """Take everything out of the model's modules: parameters, buffers, scales of 4-bit weights, hooks."""
     loaded.release()
-    restore(loaded.model)
+    restore(loaded.model, own_storage=False)
     for module in list(loaded.model.modules()):
         vars(module).clear()
 
@@ -64,12 +64,17 @@ def free_all() -> None:
         session.free()
 
 
-def collect() -> None:
-    """Collect cycles, then hand cached blocks back to the card, and free pages to the system where libc can."""
-    gc.collect()
+def free_pages() -> None:
+    """Pages that the C library keeps of freed memory go back to the system, where it can; a few milliseconds."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def collect() -> None:
+    """Collect cycles, then hand cached blocks back to the card, and free pages to the system where libc can."""
+    gc.collect()
+    free_pages()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         free_workspaces()

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbqlora.engine import attention_efficient, attention_fused, attention_operators, attention_plain
+from nbqlora.engine import (
+    attention_efficient,
+    attention_fused,
+    attention_groups,
+    attention_operators,
+    attention_plain,
+)
 from nbqlora.engine.attention import AttentionKind, Documents, attention_backward, attention_forward
 from tests.engine import attention_fakes
 from tests.engine.attention_truth import assert_as_good, by_autograd, dense, inputs, ours, packed
@@ -126,7 +132,7 @@ def test_the_efficient_backward_bounds_its_workspace(
     heads_at_once: int, calls: int, fake_card: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = packed(LENGTHS, padding=3)
-    monkeypatch.setattr(attention_efficient, "WORKSPACE_BYTES", heads_at_once * 8 * 63 * 2 * 8 * 4 + 1)
+    monkeypatch.setattr(attention_groups, "WORKSPACE_BYTES", heads_at_once * 8 * 63 * 2 * 8 * 4 + 1)
     counted: list[int] = []
     real = attention_efficient._efficient_heads
     monkeypatch.setattr(attention_efficient, "_efficient_heads", lambda *a: counted.append(a[1].shape[1]) or real(*a))

@@ -19,6 +19,7 @@ from nbqlora.core.specs import LayerPolicy
 from nbqlora.core.units import GIB, MIB
 from nbqlora.engine import fused
 from nbqlora.engine.micro_step import MicroStep
+from tests import tiny
 
 pytestmark = pytest.mark.gpu
 # Rows of one length; the plan keeps everything, and may: it is told of more memory than there will be.
@@ -127,17 +128,20 @@ def test_documents_end_to_end_are_cut_between_them(medium_folder: Path, tmp_path
     assert any(e.action.endswith("run in parts") for e in observe.shortages)
 
 
-def test_one_long_document(medium_folder: Path, tmp_path: Path) -> None:
-    before = allocated()
+def test_one_long_document(tmp_path: Path) -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 16384, "num_hidden_layers": 4, "num_attention_heads": 16,
+            "num_key_value_heads": 4, "max_position_embeddings": 4096}  # fmt: skip
+    wide_folder, before = tiny.save_model(tmp_path / "wide", **wide), allocated()
     how = {"max_length": 4096, "data": rows(8, 8000), "per_device_train_batch_size": 1, "max_steps": 2,
            "gradient_accumulation_steps": 1, "gradient_checkpointing": "full"}  # fmt: skip
-    whole = train(medium_folder, tmp_path / "whole", **how)
+    whole = train(wide_folder, tmp_path / "whole", **how)
     peak, held = whole.report.measured_peak_bytes - before, allocated() - before
     whole.free()
-    observe = At(0, lambda: limit(before + held + 0.85 * (peak - held)))
-    run = train(medium_folder, tmp_path / "run", observe, ram_gib=0, **how)
+    observe = At(0, lambda: limit(before + held + 0.7 * (peak - held)))
+    run = train(wide_folder, tmp_path / "run", observe, ram_gib=0, **how)
     print([(e.step, e.phase, e.action) for e in observe.shortages])
     same(run, whole)
+    assert any(e.action.startswith("MLPs take") for e in observe.shortages)
 
 
 def test_a_ballast_that_comes_and_goes(medium_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from nbqlora.engine import micro_step
 from nbqlora.engine.attention import choose_attention
 from nbqlora.engine.fixed_batch import fixed_batch
 from nbqlora.planner import make_plan
-from nbqlora.planner.attention import CAPTURED, EFFICIENT_WORKSPACE_BYTES, choose_kernel
+from nbqlora.planner.attention import CAPTURED, WORKSPACE_BYTES, choose_kernel
 from nbqlora.planner.batch import MicroBatch
 from tests.planner.shapes import DEVICES, MODELS, cpu, options, rows_of
 
@@ -90,9 +90,9 @@ def test_filling_takes_time() -> None:
 
 def test_what_is_captured_is_what_the_engine_captures() -> None:
     assert {k.value for k in CAPTURED} == {k.value for k in micro_step.CAPTURED_KINDS}
-    from nbqlora.engine.attention_efficient import WORKSPACE_BYTES
+    from nbqlora.engine import attention_groups
 
-    assert EFFICIENT_WORKSPACE_BYTES == WORKSPACE_BYTES
+    assert WORKSPACE_BYTES == attention_groups.WORKSPACE_BYTES
 
 
 def said(model: str = "8B", device: str = "H100", *, architecture: str | None = None, **changes: object) -> Plan:

@@ -12,9 +12,10 @@ import pytest
 from nbqlora.core.errors import DoesNotFitError
 from nbqlora.core.specs import DeviceSpec, LayerPolicy, ModelSpec
 from nbqlora.planner import make_plan
+from nbqlora.planner.lean import leanest
 from nbqlora.planner.limits import Limits, limits_of, usable_host_bytes
 from nbqlora.planner.mix import Mix
-from nbqlora.planner.quickest import Split, leanest
+from nbqlora.planner.quickest import Split
 from nbqlora.planner.search import split_of, splits
 from tests.planner.shapes import DEVICES, GIB, MODELS, card, cpu, mix_of, options, plan, rows_of
 
