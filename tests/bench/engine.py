@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import traceback
 from collections import Counter
@@ -124,6 +123,8 @@ def line_of(workload: Workload, found: Measured) -> dict[str, Any]:
     """The figures of a run."""
     import torch
 
+    from tests.bench.measured import card_name
+
     steps = found.seconds[workload.warmup : workload.warmup + workload.steps]
     on_card = torch.cuda.is_available()
     tokens, middle = workload.bs * workload.seq, median(steps)
@@ -142,7 +143,7 @@ def line_of(workload: Workload, found: Measured) -> dict[str, Any]:
         "loss": [round(found.losses[0], 4), round(found.losses[-1], 4)],
         **({} if found.plan is None else planned(found.plan)),
         **({"launches": found.launches, "busy_ms": round(found.busy_ms, 1)} if workload.profile else {}),
-        "card": torch.cuda.get_device_name() if on_card else f"CPU, {platform.machine()}",
+        "card": card_name(),
     }
 
 
@@ -172,7 +173,18 @@ def gib(n_bytes: int) -> float:
     return round(n_bytes / 2**30, 3)
 
 
-def origin(arguments: list[str]) -> dict[str, Any]:
+def said(error: Exception) -> str:
+    """An error in a line of at most 200 characters."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def without_folders(arguments: list[str], *paths: Path | None) -> list[str]:
+    """The same with names in place of paths, which say nothing on another machine."""
+    names = {str(path): f"FOLDER/{path.name}" for path in paths if path is not None}
+    return [names.get(text, text) for text in arguments]
+
+
+def origin(arguments: list[str], script: str = "engine.py") -> dict[str, Any]:
     """Where a line comes from."""
     installed = {}
     for name in LIBRARIES:
@@ -182,7 +194,7 @@ def origin(arguments: list[str]) -> dict[str, Any]:
             continue
     return {
         "versions": installed,
-        "command": " ".join(["python", "tests/bench/engine.py", *arguments]),
+        "command": " ".join(["python", f"tests/bench/{script}", *arguments]),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -204,7 +216,7 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         if workload.turns is not None:
             (workload.turns / f"failed-{os.getpid()}").touch()
-        line = {**head_of(workload), "error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]}
+        line = {**head_of(workload), "error": said(error)}
     line |= origin(arguments)
     text = json.dumps(line)
     print(text, flush=True)

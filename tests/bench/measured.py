@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Measured:
     load_seconds: float = 0.0
     base_bytes: int = 0
     peak_bytes: int = 0
+    reserved_bytes: int = 0
     launches: int = 0
     busy_ms: float = 0.0
     plan: Plan | None = None
@@ -32,6 +34,11 @@ class Measured:
 def device() -> torch.device:
     """The card, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def card_name() -> str:
+    """The card, or what the CPU is."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
 
 
 def wait() -> None:
