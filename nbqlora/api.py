@@ -18,7 +18,7 @@ from nbqlora.core.memory_table import MemoryTable
 from nbqlora.core.merged import MergeReport
 from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.report import VramReport
-from nbqlora.core.request import CellRequest
+from nbqlora.core.request import CellRequest, lines_of
 from nbqlora.memory import probe
 
 if TYPE_CHECKING:
@@ -60,21 +60,26 @@ def finetune(*, name: str = "run", observe: Observer | None = None, resume: bool
 
 def finetune_request(request: CellRequest, *, name: str, observe: Observer | None = None, resume: bool = False) -> Run:
     """:func:`finetune` for options that were written as text: a cell, a file."""
-    return _run.finetune(request, name=name, observe=observe, resume=resume)
+    with lines_of(request):
+        return _run.finetune(request, name=name, observe=observe, resume=resume)
 
 
-def plan(*, name: str = "run", **options: Any) -> Plan:
+def plan(*, name: str = "run", nodes: int = 1, **options: Any) -> Plan:
     """What ``finetune`` would do with these options, and why; nothing is loaded or allocated.
+
+    Args:
+        nodes: machines like this one, each with as many cards as ``gpus`` says: more than it has, if you like.
 
     Raises:
         ConfigError, DoesNotFitError, DataError, ModelError: as :func:`finetune`.
     """
-    return plan_request(CellRequest(options=options), name=name)
+    return plan_request(CellRequest(options=options), name=name, nodes=nodes)
 
 
-def plan_request(request: CellRequest, *, name: str, observe: Observer | None = None) -> Plan:
+def plan_request(request: CellRequest, *, name: str, observe: Observer | None = None, nodes: int = 1) -> Plan:
     """:func:`plan` for options that were written as text."""
-    return _run.make_plan(request, name=name, observe=observe)
+    with lines_of(request):
+        return _run.make_plan(request, name=name, observe=observe, n_nodes=nodes)
 
 
 def memory_table(max_length: int = 1024, *, card: str = "A100", **options: Any) -> MemoryTable:

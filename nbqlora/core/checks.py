@@ -6,9 +6,12 @@ Kept apart from the list of options so that the list reads as a list.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from math import isfinite
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from nbqlora.core.specs import LayerPolicy
 
@@ -19,6 +22,8 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit")
 
 def _shown(value: Any) -> str:
     """A value as TOML writes it, short."""
+    if isinstance(value, Mapping) and value:
+        return "a table"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**20:
@@ -30,6 +35,15 @@ def _shown(value: Any) -> str:
         return "long text"
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+_PLAIN = re.compile(r"true|false|[+-]?\d{1,20}(\.\d{1,20})?(e[+-]?\d+)?")
+
+
+def _unquoted(value: Any) -> str:
+    """:func:`_shown`; text that would be a fitting value without its quotes says so."""
+    word = isinstance(value, str) and _PLAIN.fullmatch(value.strip().lower())
+    return _shown(value) + ("; leave out the quotes" if word else "")
 
 
 def optional(check: Check) -> Check:
@@ -44,7 +58,7 @@ def text(value: Any) -> str:
 
 def boolean(value: Any) -> str:
     """True or false."""
-    return "" if isinstance(value, bool) else f"expected true or false, got {_shown(value)}"
+    return "" if isinstance(value, bool) else f"expected true or false, got {_unquoted(value)}"
 
 
 def auto_or_boolean(value: Any) -> str:
@@ -57,8 +71,12 @@ def one_of(*names: str) -> Check:
     """One of ``names``."""
 
     def check(value: Any) -> str:
-        fine = isinstance(value, str) and value in names
-        return "" if fine else f"expected one of {', '.join(names)}, got {_shown(value)}"
+        if isinstance(value, str) and value in names:
+            return ""
+        close = get_close_matches(str(value).lower(), names, n=1)
+        return f"expected one of {', '.join(names)}, got {_shown(value)}" + (
+            f"; did you mean {close[0]}?" if close else ""
+        )
 
     return check
 
@@ -70,7 +88,7 @@ def integer(*, at_least: int, at_most: int | None = None) -> Check:
     def check(value: Any) -> str:
         fine = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
         fine = fine and (at_most is None or value <= at_most)
-        return "" if fine else f"expected a whole number of at least {at_least}{upto}, got {_shown(value)}"
+        return "" if fine else f"expected a whole number of at least {at_least}{upto}, got {_unquoted(value)}"
 
     return check
 
@@ -86,7 +104,7 @@ def number(*, above: float | None = None, at_least: float | None = None, below: 
         fine = fine and (isinstance(value, int) or isfinite(value))
         fine = fine and (above is None or value > above) and (at_least is None or value >= at_least)
         fine = fine and (below is None or value < below)
-        return "" if fine else f"expected a number {' and '.join(bounds)}, got {_shown(value)}"
+        return "" if fine else f"expected a number {' and '.join(bounds)}, got {_unquoted(value)}"
 
     return check
 
@@ -95,6 +113,14 @@ def steps(value: Any) -> str:
     """A number of steps, or -1 for none."""
     fine = isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value >= 1)
     return "" if fine else f"expected a whole number of at least 1, or -1 for whole epochs, got {_shown(value)}"
+
+
+def how_many_cards(value: Any) -> str:
+    """A number of cards, or ``all``."""
+    if isinstance(value, str) and value == "all":
+        return ""
+    fine = not integer(at_least=1)(value)
+    return "" if fine else f'expected a whole number of at least 1 or "all", got {_shown(value)}'
 
 
 def rows_source(value: Any) -> str:
@@ -136,3 +162,37 @@ def layer_policies(value: Any) -> str:
             return f"expected layers by policy ({', '.join(known)}), got {unknown[0]}"
         return next((m for m in map(integer(at_least=0), value.values()) if m), "")
     return f'expected "auto", "none", "full", "offload" or a table {{keep = 22, recompute = 10}}, got {_shown(value)}'
+
+
+# Types of a library's settings that TOML can say, with how they are called here.
+_KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+    list: ((Sequence,), "a list"),
+    dict: ((Mapping,), "a table"),
+}
+
+
+def of_type(annotation: Any) -> Check:
+    """What an annotation says that is made of these types; one that says more is left to the library."""
+    union = get_origin(annotation) in (Union, UnionType)
+    parts = [p for p in (get_args(annotation) if union else (annotation,)) if p is not NoneType]
+    kinds = [get_origin(part) or part for part in parts]
+    if not all(kind in _KINDS for kind in kinds):
+        return lambda value: ""
+    words = " or ".join(_KINDS[kind][1] for kind in kinds)
+
+    def check(value: Any) -> str:
+        fine = any(_is_of(value, kind) for kind in kinds) or value is None
+        return "" if fine else f"expected {words}, got {_unquoted(value)}"
+
+    return check
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """True and false are no numbers, and text is no list."""
+    if isinstance(value, (bool, str)):
+        return kind is type(value)
+    return isinstance(value, _KINDS[kind][0])

@@ -8,7 +8,7 @@ silence. Anything not listed goes through the ``trl`` and ``peft`` tables, check
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from nbqlora.core import checks as c
@@ -36,8 +36,10 @@ class FinetuneConfig:
         vram_gib: the most that the run may allocate on the card (process RAM on a CPU); None = all that is free.
         ram_gib: the most host memory that inputs of layers may take which are offloaded from a card; 0 = none,
             None = half of what is free, with 3 GiB left.
-        effective_batch_size: rows, or packs, per optimizer step; the plan splits it into device batch and
-            accumulation.
+        gpus: cards that train together, each with its share of every step's rows: None and 1 for one, ``"all"``, or
+            how many. On a CPU so many processes, each with its share of the threads.
+        effective_batch_size: rows, or packs, per optimizer step of all cards; the plan splits it into cards, device
+            batch and accumulation.
         max_minutes: stop, save and end after this long; None for no limit.
         save_minutes: write a checkpoint this often, 0 for only at a stop and at the end.
         packing: ``"auto"``: packs of whole rows where a probe shows that documents stay apart, else padding;
@@ -59,6 +61,7 @@ class FinetuneConfig:
     trust_remote_code: bool = _leaf(c.boolean, False)
     vram_gib: float | None = _leaf(c.optional(c.number(above=0)), None)
     ram_gib: float | None = _leaf(c.optional(c.number(at_least=0)), None)
+    gpus: int | str | None = _leaf(c.optional(c.how_many_cards), None)
     max_minutes: float | None = _leaf(c.optional(c.number(above=0)), None)
     save_minutes: float = _leaf(c.number(at_least=0), 5.0)
     effective_batch_size: int | None = _leaf(c.optional(c.integer(at_least=1)), None)
@@ -96,7 +99,7 @@ class FinetuneConfig:
             if message:
                 problems.append(Problem(key=f.name, message=message))
         wrong = {p.key for p in problems}
-        problems += [] if wrong & {*BATCH_OPTIONS} else _batch_problems(self)
+        problems += [] if wrong & {*BATCH_OPTIONS, "gpus"} else _batch_problems(self)
         problems += [] if wrong & {"packing", "padding_free"} else _layout_problems(self)
         if problems:
             raise ConfigError(problems)
@@ -118,18 +121,25 @@ BATCH_OPTIONS = ("effective_batch_size", "per_device_train_batch_size", "gradien
 
 
 def _batch_problems(config: FinetuneConfig) -> list[Problem]:
+    """What cannot be, with the cards that were asked for by their number; ``"all"`` is the planner's to check."""
     effective, batch, accumulation = (getattr(config, name) for name in BATCH_OPTIONS)
     if effective is None:
         return []
     asked = f"effective_batch_size is {effective}"
+    cards = config.gpus if isinstance(config.gpus, int) else 1
+    share = -(-effective // cards)  # where cards do not divide it, some have a row fewer
+    if config.gpus == "all":
+        return []
     if batch and accumulation:
-        if batch * accumulation == effective:
+        if batch * accumulation == share:
             return []
-        given = f"{batch} rows x {accumulation} accumulation steps = {batch * accumulation}, but {asked}"
+        many = f"{cards} cards x " if cards > 1 else ""
+        given = f"{many}{batch} rows x {accumulation} accumulation steps = {batch * accumulation * cards}, but {asked}"
         return [Problem(key="effective_batch_size", message=given, hint="leave one of the three out")]
     parts = (("per_device_train_batch_size", batch), ("gradient_accumulation_steps", accumulation))
-    wrong = [(name, part) for name, part in parts if part and effective % part]
-    return [Problem(key=name, message=f"{part} does not divide {effective}", hint=asked) for name, part in wrong]
+    wrong = [(name, part) for name, part in parts if part and share % part]
+    asked += f", so {share} on each of {cards} cards" if cards > 1 else ""
+    return [Problem(key=name, message=f"{part} does not divide {share}", hint=asked) for name, part in wrong]
 
 
 def _layout_problems(config: FinetuneConfig) -> list[Problem]:
@@ -139,25 +149,25 @@ def _layout_problems(config: FinetuneConfig) -> list[Problem]:
     return [Problem(key="padding_free", message=message, hint="leave it out, or write packing = false")]
 
 
-def validate(request: CellRequest, *, table_fields: Callable[[str], frozenset[str]]) -> FinetuneConfig:
+def validate(request: CellRequest, *, table_fields: Callable[[str], Mapping[str, c.Check]]) -> FinetuneConfig:
     """Check a request; nothing is loaded.
 
     Args:
         request: what was asked for.
-        table_fields: names of the fields of SFTConfig (``"trl"``) and LoraConfig (``"peft"``); called only
-            for a table that is there, since it imports the library.
+        table_fields: the fields of SFTConfig (``"trl"``) and LoraConfig (``"peft"``), each with its check; called
+            only for a table that is there, since it imports the library.
 
     Raises:
         ConfigError: everything that is wrong, with line numbers where the request knows them.
     """
     known = {f.name: f for f in fields(FinetuneConfig)}
-    problems = [*request.problems, *(unknown_key(key, known) for key in request.options if key not in known)]
+    problems = [*request.problems, *(unknown_key(k, known, v) for k, v in request.options.items() if k not in known)]
     told = {p.key.split(".")[0] for p in problems}
     above = "at the top level" + (", above any [table]" if request.line_of else "")
     for table in ("trl", "peft"):
         given = request.options.get(table)
         if isinstance(given, Mapping) and given:
-            problems += table_problems(table, given, table_fields(table), known, above)
+            problems += table_problems(table, resolve(given, request.mapping), table_fields(table), known, above)
     problems += [_missing(f.name) for f in fields(FinetuneConfig) if _required(f) and not _spoken_of(f.name, request)]
     fine = {k: resolve(v, request.mapping) for k, v in request.options.items() if k in known and k not in told}
     try:
@@ -165,8 +175,7 @@ def validate(request: CellRequest, *, table_fields: Callable[[str], frozenset[st
     except ConfigError as error:
         problems += error.problems
     if problems:
-        located = [replace(p, line=request.line_of.get(p.key) if p.line is None else p.line) for p in problems]
-        raise ConfigError(sorted(located, key=lambda p: p.line or 0), request.source)
+        raise ConfigError(problems).located(request.line_of, request.source)
     return config
 
 

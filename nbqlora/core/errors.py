@@ -9,20 +9,24 @@ over in silence by such tools, and a subclass of it prints a full traceback.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 class NbqloraError(Exception):
     """Base of every error that nbqlora raises on purpose."""
 
     show_traceback = False
+    # Written down before they were let go of: frames keep a model alive.
+    earlier_frames: tuple[str, ...] = ()
 
     def _render_traceback_(self) -> list[str]:
         """Lines that IPython prints in place of a traceback."""
-        if self.show_traceback:
-            return traceback.format_exception(self)
-        return [f"{type(self).__name__}: {line}" if i == 0 else line for i, line in enumerate(str(self).split("\n"))]
+        lines = f"{type(self).__name__}: {self}".split("\n")
+        if not self.show_traceback:
+            return lines
+        whole = "".join(traceback.format_exception(self)).rstrip("\n").split("\n")
+        return [*whole[: -len(lines)], *"".join(self.earlier_frames).splitlines(), *lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,11 @@ class ConfigError(NbqloraError, ValueError):
             [p.message + (f"; {p.hint}" if p.hint else "") for p in self.problems],
         )
         return "\n".join([head, *(f"  {where}{key}{text}" for where, key, text in zip(*columns, strict=True))])
+
+    def located(self, line_of: Mapping[str, int], source: str) -> ConfigError:
+        """The same problems in the order of their lines, where those are known; ``source`` as in the constructor."""
+        problems = [replace(p, line=line_of.get(p.key) if p.line is None else p.line) for p in self.problems]
+        return ConfigError(sorted(problems, key=lambda p: p.line or 0), source)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...], str]]:
         """Pickled and copied by its problems, not by its text."""
@@ -147,5 +156,7 @@ def clear_frames(error: BaseException) -> None:
         one = chain.pop()
         if id(one) not in seen:
             seen.add(id(one))
+            if isinstance(one, NbqloraError):
+                one.earlier_frames = one.earlier_frames or tuple(traceback.format_tb(one.__traceback__))
             traceback.clear_frames(one.__traceback__)
             chain += [e for e in (one.__cause__, one.__context__) if e is not None]

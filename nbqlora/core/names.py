@@ -5,7 +5,7 @@ An unknown key always gets the nearest known one as a hint; a refused one gets t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +16,7 @@ ALIASES = {
     "adapter_rank": "lora_r", "alpha": "lora_alpha", "base_model": "model", "batch_size": "effective_batch_size",
     "cutoff_len": "max_length", "dataset": "data", "dropout": "lora_dropout", "epochs": "num_train_epochs",
     "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r",
+    "gpu": "gpus", "n_gpus": "gpus", "num_gpus": "gpus", "num_processes": "gpus", "nproc_per_node": "gpus",
     "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "micro_batch_size": "per_device_train_batch_size", "model_name": "model",
     "num_epochs": "num_train_epochs", "optimizer": "optim", "r": "lora_r", "rank": "lora_r",
@@ -47,8 +48,8 @@ REFUSED_TRL = {
     "dataset_num_proc": "rows are tokenized by nbqlora", "dataset_text_field": "rows are tokenized by nbqlora",
     "eval_packing": "packing decides it for both", "truncation_mode": "rows are cut at their end",
     "loss_type": "only the likelihood loss is implemented",
-    "label_smoothing_factor": "only the likelihood loss is implemented", "fsdp": "one card for now",
-    "deepspeed": "one card for now",
+    "label_smoothing_factor": "only the likelihood loss is implemented",
+    "fsdp": "a model is not split over cards; gpus trains on several", "deepspeed": "gpus trains on several cards",
 }  # fmt: skip
 REFUSED_PEFT = {
     "r": "write lora_r", "task_type": "it is always CAUSAL_LM", "inference_mode": "a run trains",
@@ -56,8 +57,10 @@ REFUSED_PEFT = {
 }  # fmt: skip
 
 
-def unknown_key(key: str, known: Collection[str]) -> Problem:
-    """An unknown option, with the one that was probably meant."""
+def unknown_key(key: str, known: Collection[str], value: Any = None) -> Problem:
+    """An unknown option, with the one that was probably meant; ``value`` is a mapping where a table was written."""
+    if isinstance(value, Mapping):
+        return Problem(key=key, message="unknown table", hint="there are [trl] and [peft]; other options stand above")
     meant = meant_by(key, known)
     return Problem(key=key, message="unknown key", hint=f"did you mean {meant}?" if meant else "")
 
@@ -73,26 +76,28 @@ def meant_by(key: str, known: Collection[str]) -> str:
 
 
 def table_problems(
-    table: str, given: Mapping[Any, Any], names: Collection[str], known: Collection[str], above: str
+    table: str, given: Mapping[Any, Any], checks: Mapping[str, Callable[[Any], str]], known: Collection[str], above: str
 ) -> list[Problem]:
-    """What is wrong with the keys of ``trl`` or ``peft``.
+    """What is wrong with the keys and values of ``trl`` or ``peft``.
 
     Args:
         given: the table as written.
-        names: fields of the library's config class.
+        checks: fields of the library's config class, each with what is wrong with a value; "" for nothing.
         known: the options of the top level.
         above: where those stand, in words ("at the top level").
     """
     refused = REFUSED_TRL if table == "trl" else REFUSED_PEFT
     problems = []
-    for key in map(str, given):
+    for key, value in ((str(k), v) for k, v in given.items()):
         where = f"{table}.{key}"
         if key in known:
             problems.append(Problem(key=where, message="is an option of its own", hint=f"write {key} {above}"))
         elif key in refused:
             problems.append(Problem(key=where, message="is not accepted", hint=refused[key]))
-        elif key not in names:
-            problems.append(_unknown_field(table, key, [n for n in names if n not in refused], known, above))
+        elif key not in checks:
+            problems.append(_unknown_field(table, key, [n for n in checks if n not in refused], known, above))
+        elif message := checks[key](value):
+            problems.append(Problem(key=where, message=message))
     return problems
 
 

@@ -6,7 +6,8 @@ the standard library. A syntax error does not hide the others, nor what validati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -73,6 +74,19 @@ def parse_toml(
     return CellRequest(
         options=read.options, mapping=mapping, line_of=read.line_of, source=source, problems=tuple(problems)
     )
+
+
+@contextmanager
+def lines_of(request: CellRequest) -> Iterator[None]:
+    """Within, what is wrong with an option names its line, also when only the model or the machine tells."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.source == request.source:
+            raise
+        located = error.located(request.line_of, request.source)
+        located.earlier_frames = error.earlier_frames
+        raise located.with_traceback(error.__traceback__) from None
 
 
 def resolve(value: Any, mapping: Mapping[str, Any]) -> Any:

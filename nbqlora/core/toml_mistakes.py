@@ -65,6 +65,8 @@ def _invisible(text: str) -> str:
 def _no_option(line: str) -> tuple[str, str]:
     if line[:1] in ("!", "%"):
         return "is no option", "commands go into a cell of their own"
+    if line.startswith(("//", "--", ";", "<!--", "/*")):
+        return "is no comment here", "a comment begins with #"
     return "expected key = value", 'for example model = "demo"'
 
 
@@ -89,9 +91,11 @@ def _about(key: str, value: str, objects: Mapping[str, Any]) -> tuple[str, str]:
         (r".*\S\s*,", "ends with a comma", f"write {key} = {_as_toml(value)}"),
         (r"[+-]?\.\d.*", "a number starts with a digit", f"write {key} = {value.replace('.', '0.', 1)}"),
         (r"\d+\.", "a number ends with a digit", f"write {key} = {value}0"),
+        (r"\d+\.[eE][+-]?\d+", "a number has a digit behind its point", f"write {key} = {value.replace('.', '.0', 1)}"),
         (r"0\d+", "a number does not start with 0", f"write {key} = {value.lstrip('0')}"),
         (r"\d{1,3}(,\d{3})+", "a number has no commas", f"write {key} = {value.replace(',', '')}"),
-        (r"([\d.]+)\s*(?:[kKmMgGtT]i?[bB]?|%|min|s|h)", "a number has no unit", "write the number alone"),
+        (r"[\d.]+(\s*([kKmMgGtT]i?[bB]?|%|min|s|h)|\s+[A-Za-z]+)", "a number has no unit", "write the number alone"),
+        (r"\[\s*\{.*[\"']\s*:.*", "a list of dicts is Python", f'name it in a cell above, and write {key} = "$name"'),
         (r"\{.*\n.*", "a table in braces stands on one line", f"write {key} = {_as_toml(' '.join(value.split()))}"),
         (r"\{.*[\"\w]\s*:.*", "a table reads {name = value}", f"write {key} = {_as_toml(value)}"),
     )  # fmt: skip
@@ -108,6 +112,8 @@ def _about_words(key: str, value: str, objects: Mapping[str, Any]) -> tuple[str,
         return "one key a line", f"begin a new line before {second.group(1)}"
     if re.search(r"\w[(\[]|\d\s*(\*\*?|//?|\+)\s*\d|\s[*+]\s", outside):
         return "is Python, which is not run here", 'write the value itself, or "$name" for an object of the notebook'
+    if re.match(r"""\"\"\s*[^\s,"]""", outside):
+        return "something stands behind the text", "put it into the quotes; a comment begins with #"
     words = _WORD.findall(outside)
     wrong = next((w for w in words if w not in ("true", "false", "inf", "nan")), "")
     if wrong.lower() in _SWITCHES:

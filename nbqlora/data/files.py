@@ -121,7 +121,9 @@ def _other_file(path: Path, name: str) -> str:
 
 def missing_file(path: Path, name: str) -> str:
     """The message for a file that is not there, with the nearest one that is."""
-    folder = path.parent
+    folder, forward = path.parent, name.replace("\\", "/")
+    if forward != name and Path(forward).exists():
+        return f"no such file: {name}; write {forward}"
     if not folder.is_dir():
         return f"no such file: {name}; the folder {folder} does not exist either"
     close = get_close_matches(path.name, [p.name for p in folder.iterdir() if p.is_file()], n=1)

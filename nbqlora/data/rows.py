@@ -8,6 +8,7 @@ whole, and what the rows hold is the matter of :mod:`nbqlora.data.formats`. What
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,8 @@ DEMO = "demo"
 ACCEPTED = (
     'rows need "messages", or "prompt" and "completion", or "instruction" and "output", or "conversations", or "text"'
 )
+# A data set's name on the hub.
+HUB_DATA_SET = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # What evaluation rows are called, best first.
 EVAL_SPLITS = ("eval", "validation", "test")
 # Files of a folder that ``datasets.save_to_disk`` wrote.
@@ -74,6 +77,10 @@ def _read_named(name: str, split: str) -> Rows:
             raise DataError(missing_file(path, name))
     except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ without a home
         raise DataError(f"cannot read {name}: {error}") from error
+    if not HUB_DATA_SET.fullmatch(name):
+        inner = name.strip("{}$ ")
+        hint = f'; for an object of the notebook write "${inner}"' if inner.isidentifier() else ""
+        raise DataError(f'"{name}" is neither a file here nor a name that the hub takes (owner/name){hint}')
     return _read_hub(name, split)
 
 

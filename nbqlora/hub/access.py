@@ -214,6 +214,7 @@ def find_model(name: str, say: Callable[[str], None]) -> str:
     copy = None if answer.kind == "bad_name" else cached_copy(name)
     if copy is None:
         if answer.kind == "busy":  # waiting helps, and the client does that when it loads
+            say(f"the hub cannot give {name} now: {answer.detail}, and is asked again for half a minute")
             return name
         raise ModelError(sentence(name, answer))
     if answer.kind != "offline":

@@ -8,34 +8,44 @@ from __future__ import annotations
 import builtins
 import keyword
 import os
-from typing import Any
+import re
+from typing import Any, NoReturn
 
-from IPython.core.magic import Magics, cell_magic, magics_class
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from nbqlora.core.errors import ConfigError, NbqloraError, Problem
+from nbqlora.core.errors import NbqloraError
 from nbqlora.core.request import CellRequest, parse_toml
-from nbqlora.notebook.flags import parsed
+from nbqlora.notebook.cell import put_magic_first
+from nbqlora.notebook.flags import parsed, wrong_line
 from nbqlora.notebook.vram import VramMagics
+
+_CELL = "%%finetune"
 
 
 def register(shell: Any) -> None:
-    """Add the magics to a shell."""
+    """Add the magics to a shell, however often this is called."""
     shell.register_magics(NbqloraMagics, VramMagics)
+    put_magic_first(shell)
 
 
 def _check_name(name: str) -> str:
-    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(builtins, name):
-        message = f"{name!r} cannot be a variable's name"
-        raise ConfigError([Problem(key="%%finetune", message=message, hint="write %%finetune run1")], "line 1")
+    if not _is_free(name):
+        words = re.sub(r"\W+", "_", name.removeprefix("name=")).strip("_")
+        fitting = words if _is_free(words) else "run1"
+        raise wrong_line(_CELL, f"{name!r} cannot be a variable's name", f"write {_CELL} {fitting}")
     return name
+
+
+def _is_free(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name) and not hasattr(builtins, name)
 
 
 def _check_not_data(name: str, request: CellRequest) -> None:
     """The run must not take the place of the rows that it is made from."""
     if f"${name}" in request.mapping:
         message = f"{name} is an object that this cell reads, and the run would replace it"
-        raise ConfigError([Problem(key="%%finetune", message=message, hint="give the run another name")], "line 1")
+        raise wrong_line(_CELL, message, "give the run another name")
 
 
 @magics_class
@@ -51,7 +61,7 @@ class NbqloraMagics(Magics):
     @cell_magic("finetune")
     def finetune(self, line: str, cell: str) -> None:
         """Fine-tune a model with QLoRA; the body is TOML: ``key = value``, comments with ``#``."""
-        flags = parsed(self.finetune, line, "%%finetune")
+        flags = parsed(self.finetune, line, _CELL)
         try:
             name = _check_name(flags.name)
             request = parse_toml(cell, first_line=2, source="this cell", namespace=self.shell.user_ns)
@@ -61,6 +71,17 @@ class NbqloraMagics(Magics):
         except NbqloraError as error:
             error.show_traceback = flags.traceback
             raise
+
+    # What IPython makes of them is a UsageError, which test runners pass over.
+    @line_magic("finetune")
+    def with_one_sign(self, line: str) -> NoReturn:
+        """For a cell: write ``%%finetune`` on its first line, and the options below."""
+        raise wrong_line("%finetune", "one % is for a line, and this is for a cell", f"write {_CELL} {line}".rstrip())
+
+    @line_magic("%finetune")
+    def below_code(self, line: str) -> NoReturn:
+        """For a cell of its own: code stands above it."""
+        raise wrong_line(_CELL, "stands below code", "put what is above it into a cell of its own")
 
 
 def _plan(request: CellRequest, name: str) -> Any:

@@ -13,9 +13,9 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
-from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from nbqlora.core.display import is_static
@@ -52,6 +52,12 @@ class VramMagics(Magics):
         if flags.watch and not is_static(os.environ):
             return meter.watch(self.shell)
         return shown(self.shell, _answer(self.shell, flags), as_json=flags.json)
+
+    @cell_magic("vram")
+    def with_two_signs(self, line: str, cell: str) -> NoReturn:
+        """For a line: write ``%vram``."""
+        hint = f"write %vram {line}".rstrip() + "; %vram --cells on tells what each cell took"
+        raise wrong_line("%%vram", "two % are for a cell, and this is for a line", hint)
 
 
 def _check(flags: Any) -> None:

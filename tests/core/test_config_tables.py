@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 
+from nbqlora.core.checks import Check, of_type
 from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.errors import ConfigError
 from nbqlora.core.names import REFUSED_PEFT, REFUSED_TRL
 from nbqlora.core.request import CellRequest
 
 FIELDS = {
-    "trl": frozenset(["learning_rate", "logging_steps", "save_steps", "adam_beta1", "neftune_noise_alpha"]),
-    "peft": frozenset(["r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern"]),
+    "trl": dict.fromkeys(
+        ["learning_rate", "logging_steps", "save_steps", "adam_beta1", "neftune_noise_alpha"], of_type(Any)
+    ),
+    "peft": dict.fromkeys(["r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern"], of_type(Any)),
 }
 
 
@@ -32,7 +35,7 @@ def test_fields_of_the_libraries_go_through() -> None:
 
 
 def test_the_libraries_are_asked_only_for_tables_that_are_there() -> None:
-    def never(table: str) -> frozenset[str]:
+    def never(table: str) -> dict[str, Check]:
         raise AssertionError(f"asked for {table}")
 
     validate(CellRequest(options={"model": "demo", "data": "demo", "trl": {}}), table_fields=never)
@@ -87,11 +90,43 @@ def test_secrets_and_silent_switches_are_refused() -> None:
 def test_every_refused_key_is_a_field_of_the_installed_library() -> None:
     from nbqlora.run.tables import table_fields
 
-    assert set(REFUSED_TRL) <= table_fields("trl")
-    assert set(REFUSED_PEFT) <= table_fields("peft")
+    assert set(REFUSED_TRL) <= table_fields("trl").keys()
+    assert set(REFUSED_PEFT) <= table_fields("peft").keys()
 
 
 def test_no_refused_key_is_an_option_of_its_own() -> None:
     from dataclasses import fields
 
     assert not {f.name for f in fields(FinetuneConfig)} & {*REFUSED_TRL, *REFUSED_PEFT}
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "said"),
+    [
+        ("trl", "logging_steps", "often", 'expected a number, got "often"'),
+        ("trl", "save_total_limit", "3", 'expected a whole number, got "3"; leave out the quotes'),
+        ("trl", "save_total_limit", True, "expected a whole number, got true"),
+        ("trl", "report_to", 3, "expected text or a list, got 3"),
+        ("peft", "use_dora", "yes", 'expected true or false, got "yes"'),
+        ("peft", "rank_pattern", [1], "expected a table, got [1]"),
+    ],
+)
+def test_a_value_has_the_type_that_the_library_says(table: str, key: str, value: Any, said: str) -> None:
+    from nbqlora.run.tables import table_fields
+
+    assert table_fields(table)[key](value) == said
+
+
+def test_what_an_annotation_leaves_open_is_the_librarys_to_check() -> None:
+    from nbqlora.run.tables import table_fields
+
+    trl, peft = table_fields("trl"), table_fields("peft")
+    good = [(trl, "logging_steps", 3), (trl, "neftune_noise_alpha", None), (trl, "eval_strategy", "steps"),
+            (trl, "lr_scheduler_kwargs", {"power": 2}), (peft, "init_lora_weights", "gaussian"),
+            (peft, "layers_to_transform", (1, 2)), (peft, "bias", "none")]  # fmt: skip
+    assert [key for fields, key, value in good if fields[key](value)] == []
+
+
+def test_another_table_is_told_the_two_that_there_are() -> None:
+    said = [("lora", "unknown table", "there are [trl] and [peft]; other options stand above")]
+    assert problems(lora={"r": 8}) == said

@@ -122,7 +122,7 @@ def deep(n):
     if n:
         return deep(n - 1)
     request = parse_toml('model = "demo"\\nlora_rank = 8\\ndata = rows', first_line=2, source="this cell", namespace={})
-    return validate(request, table_fields=lambda table: frozenset())
+    return validate(request, table_fields=lambda table: {})
 deep(5)
 """
 

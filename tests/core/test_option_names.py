@@ -15,7 +15,7 @@ OPTIONS = {f.name for f in fields(FinetuneConfig)}
 
 def check(**options: Any) -> list[tuple[str, str, str]]:
     with pytest.raises(ConfigError) as caught:
-        validate(CellRequest(options=options), table_fields=lambda table: frozenset())
+        validate(CellRequest(options=options), table_fields=lambda table: {})
     return [(p.key, p.message, p.hint) for p in caught.value.problems]
 
 

@@ -4,11 +4,15 @@ from typing import Any
 
 import pytest
 
+from nbqlora.core.checks import of_type
 from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.errors import ConfigError
 from nbqlora.core.request import CellRequest, parse_toml
 
-FIELDS = {"trl": frozenset(["adam_beta1", "run_name", "optim_args"]), "peft": frozenset(["use_dora", "rank_pattern"])}
+FIELDS = {
+    "trl": dict.fromkeys(["adam_beta1", "run_name", "optim_args"], of_type(Any)),
+    "peft": dict.fromkeys(["use_dora", "rank_pattern"], of_type(Any)),
+}
 HEAD = 'model = "demo"\ndata = "demo"\n'
 
 

@@ -1,7 +1,10 @@
 """TOML that is wrong: each mistake has its line and what to write instead, and hides no other."""
 
+from typing import Any
+
 import pytest
 
+from nbqlora.core.checks import of_type
 from nbqlora.core.config import validate
 from nbqlora.core.errors import ConfigError
 from nbqlora.core.request import parse_toml
@@ -12,6 +15,15 @@ EVALUATED = 'write the value itself, or "$name" for an object of the notebook'
 BACKSLASH = 'in "...", a backslash begins a special character'
 # text of line 4: (key, message, hint)
 ONE_LINE = {
+    "learning_rate = 2.e-4": ("learning_rate", "a number has a digit behind its point", "write learning_rate = 2.0e-4"),
+    "num_train_epochs = 3 epochs": ("num_train_epochs", "a number has no unit", "write the number alone"),
+    'eval_data = "a.jsonl" // mine': (
+        "eval_data", "something stands behind the text", "put it into the quotes; a comment begins with #",
+    ),
+    'eval_data = [{"text": "a"}]': (
+        "eval_data", "a list of dicts is Python", 'name it in a cell above, and write eval_data = "$name"',
+    ),
+    "// mine": ("// mine", "is no comment here", "a comment begins with #"),
     "output_dir = runs/one": ("output_dir", "text needs quotes", 'write output_dir = "runs/one"'),
     "output_dir = my runs": ("output_dir", "text needs quotes", 'write output_dir = "my runs"'),
     "eval_data = data/*.jsonl": ("eval_data", "text needs quotes", 'write eval_data = "data/*.jsonl"'),
@@ -95,7 +107,10 @@ LONGER = {
 
 
 def found_in(text: str) -> list[tuple[int | None, str, str, str]]:
-    fields = {"trl": frozenset(["run_name"]), "peft": frozenset(["use_dora", "bias"])}
+    fields = {
+        "trl": dict.fromkeys(["run_name"], of_type(Any)),
+        "peft": dict.fromkeys(["use_dora", "bias"], of_type(Any)),
+    }
     with pytest.raises(ConfigError) as caught:
         request = parse_toml(text, first_line=2, source="this cell", namespace={"rows": [1]})
         validate(request, table_fields=fields.__getitem__)

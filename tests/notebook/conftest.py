@@ -12,9 +12,6 @@ def kernel_packages(request: pytest.FixtureRequest) -> Path | None:
     """What stands before ``site-packages`` in a kernel: nothing, or Colab's ipykernel and IPython."""
     if request.param == "installed":
         return None
-    from tests.notebook.kernels import NotInstallableError, old_kernel_folder
+    from tests.notebook.kernels import OLD, folder_or_skip
 
-    try:
-        return old_kernel_folder()
-    except NotInstallableError as error:
-        pytest.skip(f"Colab's kernel could not be installed: {error}")
+    return folder_or_skip(OLD)

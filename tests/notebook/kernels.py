@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
 from types import TracebackType
 from typing import Any
 
+import pytest
 from jupyter_client.manager import KernelManager
 
 from nbqlora.hub.demo_model import cache_folder
@@ -31,6 +32,11 @@ OLD = {
     "nest_asyncio": "1.6.0",
     "pickleshare": "0.7.5",
 }
+# Kernels of other years on the IPython that is installed.
+BETWEEN = {
+    "6.31": {"ipykernel": "6.31.0", "nest_asyncio": "1.6.0"},
+    "7.3": {"ipykernel": "7.3.0", "nest_asyncio": "1.6.0"},
+}
 PATIENCE_SECONDS = 180
 # Threads of a tiny model only wait for each other on a busy machine.
 QUICK = {"OMP_NUM_THREADS": "1"}
@@ -41,17 +47,25 @@ class NotInstallableError(Exception):
 
 
 def old_kernel_folder() -> Path:
-    """A folder with Colab's kernel, to stand before ``site-packages``; installed once, then kept.
+    """A folder with Colab's kernel, as :func:`folder_with` makes it."""
+    return folder_with(OLD)
+
+
+def folder_with(packages: Mapping[str, str]) -> Path:
+    """A folder with a kernel, to stand before ``site-packages``; installed once, then kept.
+
+    Args:
+        packages: version of each; all that it needs beside what is installed.
 
     Raises:
         NotInstallableError: pip is missing or reaches no index.
     """
-    folder = cache_folder() / "for-tests" / f"ipykernel-{OLD['ipykernel']}"
+    folder = cache_folder() / "for-tests" / f"ipykernel-{packages['ipykernel']}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        pins = [f"{name}=={version}" for name, version in OLD.items()]
+        pins = [f"{name}=={version}" for name, version in packages.items()]
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
         done = subprocess.run([*pip, "--target", f"{made}/whole", *pins], capture_output=True, text=True)
         if done.returncode:
@@ -61,6 +75,14 @@ def old_kernel_folder() -> Path:
     return folder
 
 
+def folder_or_skip(packages: Mapping[str, str]) -> Path:
+    """:func:`folder_with`, or the test is skipped with pip's own words."""
+    try:
+        return folder_with(packages)
+    except NotInstallableError as error:
+        pytest.skip(f"ipykernel {packages['ipykernel']} could not be installed: {error}")
+
+
 @dataclass
 class Said:
     """What a cell sent.
@@ -68,11 +90,13 @@ class Said:
     Args:
         text: everything printed or displayed, updates too.
         error: the exception's name and message; "" for a cell that ended well.
+        status: what the kernel answers: "ok" or "error", which is what test runners and papermill read.
         shown: what stands in the cell for an error: its traceback lines.
     """
 
     text: str = ""
     error: str = ""
+    status: str = ""
     shown: list[str] = field(default_factory=list)
 
 
@@ -82,9 +106,11 @@ class Kernel:
     Args:
         folder: where it works.
         before: a folder to stand before ``site-packages``; None for the kernel that is installed.
+        patience_seconds: how long a cell may take.
     """
 
-    def __init__(self, folder: Path, before: Path | None = None) -> None:
+    def __init__(self, folder: Path, before: Path | None = None, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self._patience_seconds = patience_seconds
         known = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
         paths = [str(p) for p in [before] if p] + known
         environment = {**os.environ, "NBQLORA_DISPLAY": "live", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **QUICK}
@@ -117,7 +143,7 @@ class Kernel:
         said, waiting, heard = Said(), list(interrupt_at), ""
         # Without stop_on_error=False a kernel drops the cell that comes right behind one that failed.
         request = self._client.execute(code, stop_on_error=False)
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + self._patience_seconds
         while True:
             message = self._message(until, said)
             if message["parent_header"].get("msg_id") != request:
@@ -125,6 +151,7 @@ class Kernel:
             content = message["content"]
             if message["msg_type"] == "status" and content["execution_state"] == "idle":
                 assert not waiting, f"{waiting[0]!r} was not said: {said}"
+                said.status = self._reply(request)
                 return said
             text = _text(message)
             said.text, heard = said.text + text, heard + text
@@ -135,6 +162,12 @@ class Kernel:
             if found:
                 waiting, heard = waiting[1:], heard[found.end() :]
                 self._manager.interrupt_kernel()
+
+    def _reply(self, request: str) -> str:
+        while True:
+            reply = self._client.get_shell_msg(timeout=PATIENCE_SECONDS)
+            if reply["parent_header"].get("msg_id") == request:
+                return str(reply["content"]["status"])
 
     def _message(self, until: float, said: Said) -> dict[str, Any]:
         while time.monotonic() < until:

@@ -50,11 +50,14 @@ def test_all_problems_of_a_cell_with_the_lines_of_the_editor(shell):
     ("cell", "message"),
     [
         ("%%finetune run1\n\n", "1 problem in this cell\n  it is empty"),
-        ("%%finetune run1 --plann\nmodel='demo'\n", "in line 1\n  %%finetune  unrecognized arguments: --plann"),
-        ("%%finetune run-1\nmodel='demo'\n", "'run-1' cannot be a variable's name; write %%finetune run1"),
+        (
+            "%%finetune run1 --plann\nmodel='demo'\n",
+            "in the %%finetune line\n  %%finetune  unrecognized arguments: --plann; did you mean --plan?",
+        ),
+        ("%%finetune run-1\nmodel='demo'\n", "'run-1' cannot be a variable's name; write %%finetune run_1"),
         ("%%finetune class\nmodel='demo'\n", "'class' cannot be a variable's name"),
         ("%%finetune print\nmodel='demo'\n", "'print' cannot be a variable's name"),
-        ("%vram --whoo", "1 problem in line 1\n  %vram  unrecognized arguments: --whoo"),
+        ("%vram --whoo", "1 problem in the %vram line\n  %vram  unrecognized arguments: --whoo"),
     ],
 )
 def test_what_is_wrong_on_the_line_is_a_real_error(shell, cell, message):

@@ -88,8 +88,8 @@ def test_who_and_free_answer_for_this_shell(shell: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--whoo", "in line 1\n  %vram  unrecognized arguments: --whoo; %vram? lists what it takes"),
-        ("--who --free", "in line 1\n  %vram  --who and --free are different questions; write a line for each"),
+        ("--whoo", "in the %vram line\n  %vram  unrecognized arguments: --whoo; did you mean --who?"),
+        ("--who --free", "in the %vram line\n  %vram  --who and --free are different questions; write a line for each"),
         (
             "--fit demo --cells on --watch",
             "%vram  --watch and --fit and --cells are different questions; write a line for each",

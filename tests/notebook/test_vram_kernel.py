@@ -58,8 +58,8 @@ def _shown_once(kernel: Kernel) -> None:
     assert kinds(listen(kernel, "%vram --json")) == ["stream"]
     said = kernel.run("%vram --whoo")
     assert said.shown == [
-        "ConfigError: 1 problem in line 1",
-        "  %vram  unrecognized arguments: --whoo; %vram? lists what it takes",
+        "ConfigError: 1 problem in the %vram line",
+        "  %vram  unrecognized arguments: --whoo; did you mean --who?",
     ]
 
 
