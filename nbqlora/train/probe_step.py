@@ -32,6 +32,7 @@ from nbqlora.train.batch import count_tokens
 from nbqlora.train.enduring_trainer import EnduringTrainer
 from nbqlora.train.oom import PROBE, Shortage, give_back
 from nbqlora.train.split import Batch, learned
+from nbqlora.train.spread import row_lengths
 from nbqlora.train.state import kept_random_state
 
 # A micro-batch that takes longer is not run once more for its time.
@@ -142,7 +143,7 @@ def longest(data: Any, n: int) -> list[int]:
     Args:
         data: a ``datasets.Dataset`` with ``input_ids`` and ``labels``.
     """
-    lengths = _lengths(data)
+    lengths = np.array(row_lengths(data))
     order = np.argsort(-lengths, kind="stable")
     least = lengths[order[n - 1]]
     sure, ties = order[lengths[order] > least], order[lengths[order] == least][:LOOKED_AT]
@@ -150,19 +151,9 @@ def longest(data: Any, n: int) -> list[int]:
     return [*map(int, sure), *map(int, by_learned[: n - len(sure)])]
 
 
-def _lengths(data: Any) -> Integers:
-    """Tokens of each row, from the tables' offsets; no row is read."""
-    tables = data.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    return np.concatenate([np.diff(_lists(t, "input_ids").offsets.to_numpy()) for t in tables])
-
-
 def _learned(data: Any, places: Integers) -> Integers:
     """Learned tokens of these rows."""
-    labels = _lists(data.select(places).with_format("arrow")[:], "labels")
+    labels: Any = data.select(places).with_format("arrow")[:].column("labels").combine_chunks()
     ends = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORED)])
     offsets = labels.offsets.to_numpy()
     return np.diff(ends[offsets - offsets[0]])
-
-
-def _lists(table: Any, column: str) -> Any:
-    return table.column(column).combine_chunks()
