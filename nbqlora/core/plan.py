@@ -60,6 +60,7 @@ class Plan(Displayed):
         usable_bytes: the most that the run may allocate.
         n_cards: that train together, on all machines; memory and micro-batches are those of one of them.
         n_nodes: machines.
+        shards: cards over which each layer's NF4 weights are split (FSDP2), all that train together; 1: each has all.
         step_rows: rows, or packs, of a step of all cards; 0 where micro-batches and cards give it.
         sent_bytes: of gradients, that each card sends in a step.
         step_seconds: forecast of one optimizer step; None without a measured rate.
@@ -91,6 +92,7 @@ class Plan(Displayed):
     disk_bytes: int
     n_cards: int = 1
     n_nodes: int = 1
+    shards: int = 1
     step_rows: int = 0
     sent_bytes: int = 0
     mlp_tile_tokens: int = 0
