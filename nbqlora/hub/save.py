@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nbqlora.core.plan import SavedAdapter
 from nbqlora.hub.atomic import HIDDEN, check_room, new_folder, recover_folder
 from nbqlora.hub.manifest import MANIFEST, PAGE, WEIGHTS, read_manifest, write_manifest
@@ -98,8 +100,14 @@ def write_adapter(model: Any, folder: Path, base_name: str) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = _base_of(base_name)
     with _without_card(model):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=_on_host(model), save_embedding_layers=False)
     (folder / PAGE).write_text(_card(model, base_name), encoding="utf-8")
+
+
+def _on_host(model: Any) -> dict[str, torch.Tensor]:
+    """What an adapter is made of, copied. PEFT would clone views of one buffer where they are: on a full card."""
+    own = ((name, p) for name, p in model.named_parameters() if p.requires_grad or "lora_" in name)
+    return {name: p.detach().to("cpu", copy=True) for name, p in own}
 
 
 @contextmanager

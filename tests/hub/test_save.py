@@ -53,6 +53,34 @@ def flip(file: Path, at: int = -1) -> None:
     file.write_bytes(changed)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save", "trainable_token_indices"])
+def test_the_file_is_peft_s_own_and_nothing_is_cloned_where_it_lies(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    more: dict[str, Any] = {
+        "dora": {"use_dora": True},
+        "modules_to_save": {"modules_to_save": ["lm_head"]},
+        "trainable_token_indices": {"trainable_token_indices": [1, 5]},
+    }.get(kind, {})
+    model = get_peft_model(
+        tiny.make_model(num_hidden_layers=1), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **more)
+    )
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    buffer = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    at = 0
+    for p in (p for p in model.parameters() if p.requires_grad):  # as fused layers leave them on a full card
+        p.data, at = buffer[at : at + p.numel()].view_as(p), at + p.numel()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("a tensor is cloned"))
+        (tmp_path / "ours").mkdir()
+        save.write_adapter(model, tmp_path / "ours", "demo")
+    own, ours = (load_file(tmp_path / name / WEIGHTS) for name in ("own", "ours"))
+    assert own.keys() == ours.keys() and all(torch.equal(own[name], ours[name]) for name in own)
+
+
 def test_plain_peft_and_transformers_load_the_folder(saved: Path, model: Any) -> None:
     from peft import PeftModel
     from transformers import AutoTokenizer
