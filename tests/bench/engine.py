@@ -62,6 +62,7 @@ class Workload:
         policy: ``none`` keeps what the backward needs, ``full`` recomputes each layer, ``auto`` is the plan's.
         vram_gib, ram_gib: what the plan may take; None for what there is.
         ballast_gib: what is left free of the card, the rest is held by another process.
+        capability: kernels are chosen as for such a card, as ``(7, 5)``; they still run on this one.
         steps, warmup: steps that are measured, and steps before them.
         packing: rows as packs; ``finetune`` only.
         profile: one more step, with the card's kernels listed.
@@ -83,6 +84,7 @@ class Workload:
     warmup: int = 6
     packing: bool = False
     profile: bool = False
+    capability: tuple[int, int] | None = None
     turns: Path | None = None
     of: int = 1
 
@@ -105,6 +107,7 @@ def workload_of(arguments: list[str]) -> tuple[Workload, Path | None]:
     parser.add_argument("--warmup", type=int, default=6, help="steps before them")
     parser.add_argument("--packing", action="store_true", help="finetune: rows as packs")
     parser.add_argument("--profile", action="store_true", help="list the kernels of one more step")
+    parser.add_argument("--capability", type=capability_of, help="choose kernels as for a card of this one, as 7.5")
     parser.add_argument("--turns", type=Path, help="a folder shared with other runs: load together, step in turns")
     parser.add_argument("--of", type=int, default=1, help="how many share it")
     parser.add_argument("--out", type=Path, help="append the line to this file")
@@ -117,6 +120,23 @@ def workload_of(arguments: list[str]) -> tuple[Workload, Path | None]:
     if given["stack"] in PEERS and (given["policy"] not in ("none", "full") or given["vram_gib"] or given["ram_gib"]):
         parser.error("a plan is ours alone")
     return Workload(**given), out
+
+
+def capability_of(text: str) -> tuple[int, int]:
+    """``7.5`` -> ``(7, 5)``."""
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
+def choose_kernels_as(capability: tuple[int, int]) -> None:
+    """Let nbqlora see another card; Triton still compiles for this one."""
+    import torch
+
+    if torch.cuda.is_available():
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # keeps the function that it asks torch with
+    torch.cuda.get_device_capability = lambda device=None: capability
 
 
 def line_of(workload: Workload, found: Measured) -> dict[str, Any]:
@@ -210,6 +230,8 @@ def main(arguments: list[str]) -> int:
         from tests.bench.ballast import ballast
         from tests.bench.stacks import measure
 
+        if workload.capability is not None:
+            choose_kernels_as(workload.capability)
         with ballast(workload.ballast_gib or 0.0):
             line = line_of(workload, measure(workload))
     except Exception as error:  # a peer's may be any
