@@ -67,6 +67,21 @@ def auto_or_boolean(value: Any) -> str:
     return "" if fine else f'expected "auto", true or false, got {_shown(value)}'
 
 
+# What transformers took as ``fsdp`` before it became true or false.
+_ELSEWHERE = {"full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "no_shard", "offload", "auto_wrap"}
+
+
+def whole_or_split(value: Any) -> str:
+    """``auto``, true or false; what transformers' own option takes beside these leads to true or false."""
+    message = auto_or_boolean(value)
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not message or not isinstance(words, (list, tuple)) or not words or not set(map(str, words)) <= _ELSEWHERE:
+        return message
+    if "no_shard" in words:
+        return f"{message}; false keeps the whole model on each card"
+    return f"{message}; true splits the NF4 weights of each layer over the cards, and nothing else"
+
+
 def one_of(*names: str) -> Check:
     """One of ``names``."""
 

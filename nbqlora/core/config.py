@@ -38,6 +38,8 @@ class FinetuneConfig:
             None = half of what is free, with 3 GiB left.
         gpus: cards that train together, each with its share of every step's rows: None and 1 for one, ``"all"``, or
             how many. On a CPU so many processes, each with its share of the threads.
+        fsdp: ``"auto"``: each card has the whole model where that fits, else the layers' NF4 weights are split over all
+            cards that train together (FSDP2); True: split, or an error; False: never split.
         effective_batch_size: rows, or packs, per optimizer step of all cards; the plan splits it into cards, device
             batch and accumulation.
         max_minutes: stop, save and end after this long; None for no limit.
@@ -62,6 +64,7 @@ class FinetuneConfig:
     vram_gib: float | None = _leaf(c.optional(c.number(above=0)), None)
     ram_gib: float | None = _leaf(c.optional(c.number(at_least=0)), None)
     gpus: int | str | None = _leaf(c.optional(c.how_many_cards), None)
+    fsdp: bool | str = _leaf(c.whole_or_split, "auto")
     max_minutes: float | None = _leaf(c.optional(c.number(above=0)), None)
     save_minutes: float = _leaf(c.number(at_least=0), 5.0)
     effective_batch_size: int | None = _leaf(c.optional(c.integer(at_least=1)), None)

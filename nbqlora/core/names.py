@@ -16,6 +16,7 @@ ALIASES = {
     "adapter_rank": "lora_r", "alpha": "lora_alpha", "base_model": "model", "batch_size": "effective_batch_size",
     "cutoff_len": "max_length", "dataset": "data", "dropout": "lora_dropout", "epochs": "num_train_epochs",
     "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r",
+    "fsdp2": "fsdp", "fully_shard": "fsdp", "shards": "fsdp",
     "gpu": "gpus", "n_gpus": "gpus", "num_gpus": "gpus", "num_processes": "gpus", "nproc_per_node": "gpus",
     "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "micro_batch_size": "per_device_train_batch_size", "model_name": "model",
@@ -49,7 +50,8 @@ REFUSED_TRL = {
     "eval_packing": "packing decides it for both", "truncation_mode": "rows are cut at their end",
     "loss_type": "only the likelihood loss is implemented",
     "label_smoothing_factor": "only the likelihood loss is implemented",
-    "fsdp": "a model is not split over cards; gpus trains on several", "deepspeed": "gpus trains on several cards",
+    "fsdp_config": "only the layers' NF4 weights are ever split; fsdp at the top level says whether",
+    "deepspeed": "gpus trains on several cards, and fsdp splits a model over them",
 }  # fmt: skip
 REFUSED_PEFT = {
     "r": "write lora_r", "task_type": "it is always CAUSAL_LM", "inference_mode": "a run trains",

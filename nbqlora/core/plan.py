@@ -63,10 +63,12 @@ class Plan(Displayed):
         shards: cards over which each layer's NF4 weights are split (FSDP2), all that train together; 1: each has all.
         step_rows: rows, or packs, of a step of all cards; 0 where micro-batches and cards give it.
         sent_bytes: of gradients, that each card sends in a step.
+        gathered_bytes: of layers' weights, that each card sends in a step where they are split.
         step_seconds: forecast of one optimizer step; None without a measured rate.
         total_steps: optimizer steps of the whole run.
         loss_chunk_tokens: supervised tokens that the head loss handles at once.
         mlp_tile_tokens: tokens that an MLP which is computed again handles at once; 0 for all of a micro-batch.
+        offload_embedding: the input embedding is in host memory.
         host_bytes: pinned host memory for the inputs of layers that offload.
         disk_bytes: of the adapter.
         saving: what keeping the result takes; None where nobody asked.
@@ -95,7 +97,9 @@ class Plan(Displayed):
     shards: int = 1
     step_rows: int = 0
     sent_bytes: int = 0
+    gathered_bytes: int = 0
     mlp_tile_tokens: int = 0
+    offload_embedding: bool = False
     host_bytes: int = 0
     saving: SavingNeeds | None = None
     probed: Probed | None = None

@@ -21,17 +21,23 @@ LEAST_STEP = 64
 LEAST_DOCUMENTS = 8
 
 
-def fixed_batch(batch: Mapping[str, Any], *, most_tokens: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+def fixed_batch(
+    batch: Mapping[str, Any], *, most_tokens: int, pad_token_id: int, longest_document: int | None = None
+) -> dict[str, torch.Tensor]:
     """The same batch in one of few shapes.
 
     Args:
         batch: ``input_ids`` and ``labels`` ``[rows, seq]``; ``position_ids`` and ``cu_seq_lens_q`` where documents
             lie end to end; an ``attention_mask`` that only pads on the right is dropped.
         most_tokens: of the longest row that will come.
+        longest_document: tokens that no document exceeds; looked at on the host.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` ``[rows, seq]``; ``boundaries`` int32 ``[documents + 1]`` where
         there are documents; on the host also what :func:`supervised` finds.
+
+    Raises:
+        ValueError: a document is longer than it may be: attention would leave its end out.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     rows, seq = ids.shape
@@ -49,6 +55,7 @@ def fixed_batch(batch: Mapping[str, Any], *, most_tokens: int, pad_token_id: int
         "position_ids": torch.cat([positions, ahead.expand(rows, -1)], dim=1),
     }
     if boundaries is not None:
+        _check_lengths(boundaries, longest_document)
         fixed["boundaries"] = _filled(boundaries, seq, seq + more)
     if ids.device.type == "cpu":
         fixed["places"], fixed["targets"] = supervised(fixed["labels"])
@@ -60,6 +67,15 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     places = (following != IGNORED).nonzero()[:, 0]
     return places, following[places]
+
+
+def longest_of(documents: int, most_tokens: int) -> int:
+    """Tokens that no document of a fixed batch exceeds, the filling being one.
+
+    Args:
+        documents: tokens that none of the batch's own exceeds.
+    """
+    return max(documents, _step(most_tokens))
 
 
 def filled(tokens: int, most_tokens: int) -> int:
@@ -82,6 +98,14 @@ def _boundaries(batch: Mapping[str, Any], positions: torch.Tensor | None, rows: 
         return None
     starts = (positions.expand(rows, -1).flatten() == 0).nonzero()[:, 0]
     return torch.cat([starts, starts.new_tensor([rows * seq])]).to(torch.int32) if starts.numel() > 1 else None
+
+
+def _check_lengths(boundaries: torch.Tensor, longest: int | None) -> None:
+    if longest is None or boundaries.device.type != "cpu":
+        return
+    found = int(boundaries.diff().max())
+    if found > longest:
+        raise ValueError(f"a document of {found} tokens, where none has more than {longest}")
 
 
 def _filled(boundaries: torch.Tensor, real: int, tokens: int) -> torch.Tensor:

@@ -76,7 +76,7 @@ class LoadedModel:
                 plan.model.head,
                 chunk_tokens=plan.loss_chunk_tokens,
                 most_tokens=plan.most_tokens,
-                longest_document=plan.max_length,
+                longest_document=min(plan.max_length, plan.data.max_tokens),
                 pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
                 autocast=partial(autocast, self),
                 device=self.device,

@@ -15,9 +15,10 @@ from nbqlora.core.specs import HeadSpec
 from nbqlora.engine.attention import AttentionKind
 from nbqlora.engine.calls import padded_on_the_right
 from nbqlora.engine.captured_step import CapturedStep
-from nbqlora.engine.fixed_batch import fixed_batch
+from nbqlora.engine.fixed_batch import fixed_batch, longest_of
 from nbqlora.engine.fused import Engine, engine_of
 from nbqlora.engine.head import LossFunction, own_logits_loss
+from nbqlora.engine.host_embedding import embedding_is_on_host
 
 # With more tokens in a row a step waits for its kernels, not for their launches (16,149 tokens/s of an 8B on an H100:
 # a second, in which 6,500 launches take 0.2 s and run ahead), and a graph would hold the gradient of the hidden states
@@ -27,12 +28,18 @@ CAPTURED_KINDS = (AttentionKind.FLASH, AttentionKind.CUDNN, AttentionKind.EFFICI
 
 
 def not_captured_because(
-    engine: Engine | None, device: torch.device, loss: LossFunction, *, row_tokens: int = 0
+    engine: Engine | None,
+    device: torch.device,
+    loss: LossFunction,
+    *,
+    row_tokens: int = 0,
+    embedding_on_host: bool = False,
 ) -> str:
     """Why a step on this model is not captured; "" where it is.
 
     Args:
         row_tokens: of the longest row, what lies end to end being one.
+        embedding_on_host: where its rows are looked up.
     """
     if device.type != "cuda":
         return "a CPU has no graphs to capture"
@@ -42,6 +49,10 @@ def not_captured_because(
         return "its last norm is of another kind"
     if loss is own_logits_loss:
         return "the loss is computed from the model's own logits"
+    if engine.shards is not None:
+        return "each layer's weights are gathered from all cards when its turn comes"
+    if embedding_on_host:
+        return "the embedding is looked up in host memory"
     for layer in engine.layers.values():
         kinds = {engine.kind_for(layer, dense=dense) for dense in (True, False)}
         if not kinds <= set(CAPTURED_KINDS):
@@ -84,8 +95,12 @@ class MicroStep:
     ) -> None:
         self._model, self._loss, self._autocast, self._replay = model, loss, autocast, replay
         self._engine = engine_of(model)
-        self.fix = partial(fixed_batch, most_tokens=most_tokens, pad_token_id=pad_token_id)
-        because = not_captured_because(self._engine, device, loss, row_tokens=most_tokens)
+        self.fix = partial(
+            fixed_batch, most_tokens=most_tokens, pad_token_id=pad_token_id, longest_document=longest_document
+        )
+        because = not_captured_because(
+            self._engine, device, loss, row_tokens=most_tokens, embedding_on_host=embedding_is_on_host(model)
+        )
         self.eager_because = because if capture else "switched off"
         self._captured: CapturedStep | None = None
         if not self.eager_because and self._engine is not None:
@@ -95,7 +110,7 @@ class MicroStep:
                 base,
                 head,
                 chunk_tokens=chunk_tokens,
-                longest_document=longest_document,
+                longest_document=longest_of(longest_document, most_tokens),
                 autocast=autocast,
             )
 

@@ -9,18 +9,19 @@ the fastest that fits card and host wins. Pure arithmetic: any machine can be pl
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import ConfigError, DoesNotFitError
-from nbqlora.core.plan import Plan
+from nbqlora.core.plan import Decision, Plan
 from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.planner import cards as several
-from nbqlora.planner import explain, saving, told
-from nbqlora.planner.advice import does_not_fit
+from nbqlora.planner import explain, saving, shards, split, told
+from nbqlora.planner.advice import does_not_fit, least_of
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.cards import Cards
-from nbqlora.planner.limits import Limits, limits_of
+from nbqlora.planner.limits import Limits, limits_of, usable_bytes
+from nbqlora.planner.more_cards import Misfit
 from nbqlora.planner.search import candidates, step_rows
 from nbqlora.planner.standing import choose_dtype, quantized
 
@@ -34,21 +35,72 @@ def total_steps(config: FinetuneConfig, n_sequences: int, rows: int, accumulatio
     return math.ceil(config.num_train_epochs * math.ceil(math.ceil(n_sequences / rows) / accumulation))
 
 
-def _chosen(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limits: Limits
-) -> tuple[list[Candidate], Candidate | None]:
-    """The ways to run, the best first, and the one that is taken; None where none fits.
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is planned for.
 
-    Inputs go to the host only where ``ram_gib`` says so, or nothing else fits: how fast a card's copies are is a guess.
+    Args:
+        config: with ``gpus`` as a number.
+        device: one of the cards, with its whole machine's memory.
+        cards: what trains together.
     """
-    tried = [limits] if config.ram_gib is not None else [replace(limits, host_bytes=0), limits]
-    ranked: list[Candidate] = []
-    for within in tried:
-        ranked = candidates(config, model, device, data, dtype, within)
-        best = next((x for x in ranked if within.fit(x)), None)
-        if best is not None:
-            return ranked, best
-    return ranked, None
+
+    config: FinetuneConfig
+    model: ModelSpec
+    device: DeviceSpec
+    data: DataStats
+    cards: Cards
+
+    @property
+    def machine(self) -> DeviceSpec:
+        """One card's share of the machine."""
+        return several.shared(self.device, self.cards)
+
+    @property
+    def dtype(self) -> str:
+        """Of the arithmetic."""
+        return choose_dtype(self.config.dtype, self.device)
+
+    @property
+    def limits(self) -> Limits:
+        """What one card's process may take."""
+        return limits_of(self.config, self.machine)
+
+    def on(self, cards: Cards) -> _Asked:
+        """The same on other cards. Raises :class:`ConfigError`: what is pinned does not make the batch on those."""
+        return replace(self, config=replace(self.config, gpus=cards.n), cards=cards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What was found.
+
+    Args:
+        config: with ``fsdp`` decided.
+        ranked: the ways to run that were looked at, the best first.
+        best: the one that is taken.
+    """
+
+    config: FinetuneConfig
+    ranked: list[Candidate]
+    best: Candidate
+
+
+def _choose(asked: _Asked) -> _Chosen | None:
+    """The best way to run; None where none fits.
+
+    Weights are split over cards only where nothing else fits or ``fsdp`` says so; so do inputs go to the host, with
+    ``ram_gib``: how fast a card's copies are is a guess.
+    """
+    limits, machine, dtype = asked.limits, asked.machine, asked.dtype
+    tried = [limits] if asked.config.ram_gib is not None else [replace(limits, host_bytes=0), limits]
+    for config in split.ways(asked.config, asked.model):
+        for within in tried:
+            ranked = candidates(config, asked.model, machine, asked.data, dtype, within)
+            best = next((x for x in ranked if within.fit(x)), None)
+            if best is not None:
+                return _Chosen(config=config, ranked=ranked, best=best)
+    return None
 
 
 def make_plan(
@@ -69,23 +121,30 @@ def make_plan(
         cards: what trains together; None for what ``gpus`` says.
 
     Raises:
-        ConfigError: ``gradient_checkpointing`` names another number of layers than the model has, or what was asked
-            for a card does not make the effective batch.
+        ConfigError: ``gradient_checkpointing`` names another number of layers than the model has, what was asked for a
+            card does not make the effective batch, or ``fsdp = true`` where weights cannot be split.
         DoesNotFitError: nothing fits, with the smallest change that would.
     """
     cards = cards or several.cards_asked(config, device)
-    config, machine = replace(config, gpus=cards.n), several.shared(device, cards)
-    dtype, limits = choose_dtype(config.dtype, device), limits_of(config, machine)
-    ranked, best = _chosen(config, model, machine, data, dtype, limits)
-    if best is None:
-        why = does_not_fit(config, model, machine, data, dtype, limits)
-        raise DoesNotFitError(f"{why}\n  {several.NOT_SPLIT}" if max(cards.n, device.n_devices) > 1 else why)
-    of_step = step_rows(config, data)
-    steps = total_steps(config, data.n_sequences, of_step)
-    send = several.sent(config, model, device, cards)
-    needs = saving.saving_needs(config, model, on_card=device.kind == "cuda")
-    known = [*notes, *told.notes(config, model, device, data, dtype, steps)]
-    plan = Plan(
+    config = replace(config, gpus=cards.n)
+    asked = _Asked(config=config, model=model, device=device, data=data, cards=cards)
+    chosen = _choose(asked)
+    if chosen is None:
+        why = does_not_fit(config, model, asked.machine, data, asked.dtype, asked.limits)
+        more = Misfit(config=config, model=model, device=device, data=data, dtype=asked.dtype).lines()
+        raise DoesNotFitError("\n".join([why, *(f"  {line}" for line in more)]))
+    plan = _planned(asked, chosen, output_dir, notes)
+    return replace(plan, decisions=(*_about_cards(asked, chosen, plan), *plan.decisions))
+
+
+def _planned(asked: _Asked, chosen: _Chosen, output_dir: str, notes: Notes) -> Plan:
+    """What was chosen, with its reasons; the cards' are not among them yet."""
+    config, model, device, data, dtype = chosen.config, asked.model, asked.device, asked.data, asked.dtype
+    best, cards, limits, of_step = chosen.best, asked.cards, asked.limits, step_rows(chosen.config, asked.data)
+    steps, send = total_steps(config, data.n_sequences, of_step), several.sent(config, model, device, cards)
+    needs, n_shards = saving.saving_needs(config, model, on_card=device.kind == "cuda"), shards.shards_of(config)
+    known = [*notes, *told.notes(config, model, device, data, dtype, steps), *split.notes(config, model, device)]
+    return Plan(
         model=model,
         device=device,
         data=data,
@@ -98,41 +157,49 @@ def make_plan(
         loss_chunk_tokens=best.loss_chunk_tokens,
         total_steps=steps,
         step_seconds=None if best.step_seconds is None else best.step_seconds + send.seconds,
-        usable_bytes=limits.device_bytes,
+        usable_bytes=usable_bytes(config, asked.machine),
         budget=best.budget,
         output_dir=output_dir,
         disk_bytes=needs.adapter_bytes,
         n_cards=cards.n,
         n_nodes=cards.n_nodes,
+        shards=n_shards,
         step_rows=of_step,
         sent_bytes=send.n_bytes,
+        gathered_bytes=shards.step_bytes(model, n_shards, best.accumulation),
         mlp_tile_tokens=best.mix.tile_tokens,
         host_bytes=best.host_bytes,
         saving=needs,
-        decisions=explain.decisions(config, model, machine, data, dtype, ranked, best, limits),
+        decisions=explain.decisions(config, model, asked.machine, data, dtype, chosen.ranked, best, limits),
         notes=(*known, *saving.notes(needs, device, model, saving.rooms_of(device, output_dir))),
         unknowns=told.unknowns(config, model, device, best.mix),
     )
-    if cards.n > 1:
-        row = several.decision(device, data, cards, of_step, send)
-    elif device.kind == "cuda" and device.n_devices > 1:
-        row = several.idle(device, plan, _with_all(config, model, device, data, dtype))
-    else:
-        return plan
-    return replace(plan, decisions=(row, *plan.decisions))
 
 
-def _with_all(
-    config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str
-) -> float | None:
+def _about_cards(asked: _Asked, chosen: _Chosen, plan: Plan) -> list[Decision]:
+    """How cards share the rows and the weights, or what those would bring that are idle."""
+    model, device, data, cards = asked.model, asked.device, asked.data, asked.cards
+    if cards.n == 1:
+        is_idle = device.kind == "cuda" and device.n_devices > 1
+        return [several.idle(device, plan, _seconds_with_all(asked))] if is_idle else []
+    send = several.sent(chosen.config, model, device, cards)
+    found = [several.decision(device, data, cards, plan.step_rows, send)]
+    if plan.shards > 1:
+        machine, whole = asked.machine, replace(chosen.config, fsdp=False)
+        needed = least_of(whole, model, machine, data, plan.dtype).budget.total_bytes
+        pinned = asked.config.fsdp is True
+        found.append(split.decision(chosen.config, model, chosen.best, needed, pinned=pinned))
+    return found
+
+
+def _seconds_with_all(asked: _Asked) -> float | None:
     """Seconds of a step on all cards of the machine; None where that is not known."""
-    cards = Cards(per_node=device.n_devices)
+    cards = Cards(per_node=asked.device.n_devices)
     try:
-        config = replace(config, gpus=cards.n)
+        every = asked.on(cards)
     except ConfigError:  # what was asked for of one card does not make the batch on several
         return None
-    machine = several.shared(device, cards)
-    _, best = _chosen(config, model, machine, data, dtype, limits_of(config, machine))
-    if best is None or best.step_seconds is None:
+    chosen = _choose(every)
+    if chosen is None or chosen.best.step_seconds is None:
         return None
-    return best.step_seconds + several.sent(config, model, device, cards).seconds
+    return chosen.best.step_seconds + several.sent(every.config, asked.model, asked.device, cards).seconds

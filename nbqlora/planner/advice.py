@@ -15,10 +15,12 @@ from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import memory_of
 from nbqlora.planner.lean import leanest
-from nbqlora.planner.limits import Limits, limits_of
+from nbqlora.planner.limits import Limits, limits_of, usable_bytes
 from nbqlora.planner.mix import Mix
 from nbqlora.planner.reasons import in_words
 from nbqlora.planner.search import candidates, longest_row
+from nbqlora.planner.shards import shards_of
+from nbqlora.planner.split import not_split_because, ways
 
 LENGTH_STEP = 64
 
@@ -27,7 +29,7 @@ def does_not_fit(
     config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str, limits: Limits
 ) -> str:
     """The error's text."""
-    least, limit = _leanest(config, model, device, data, dtype), limits.device_bytes
+    least, limit = least_of(config, model, device, data, dtype), limits.device_bytes
     change = "  " + _smallest_change(config, model, device, data, dtype, limit)
     if least.budget.total_bytes <= limit:
         n, needed = least.mix.offload, format_bytes(least.host_bytes)
@@ -36,20 +38,25 @@ def does_not_fit(
     parts = least.budget.by_category
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     lines = [
-        f"{model.name} needs {format_bytes(least.budget.total_bytes)} and {device.name} has "
+        f"{model.name} needs {format_bytes(least.budget.total_bytes)}{_split(config, model)} and {device.name} has "
         f"{format_bytes(limit)} usable",
         "  most of it: " + ", ".join(f"{c.label} {format_bytes(n)}" for c, n in largest),
         change,
     ]
-    if config.vram_gib is not None and limit == int(config.vram_gib * GIB):
+    if config.vram_gib is not None and usable_bytes(config, device) == int(config.vram_gib * GIB):
         lines.append(f"  vram_gib = {config.vram_gib:g} is your own limit")
     return "\n".join(lines)
 
 
-def _leanest(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> Candidate:
+def _split(config: FinetuneConfig, model: ModelSpec) -> str:
+    n = shards_of(ways(config, model)[-1])
+    return f", split over {n} cards," if n > 1 else ""
+
+
+def least_of(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> Candidate:
     """What takes the least of the card; of what is pinned, whatever it takes of the host."""
     nothing = replace(limits_of(config, device), device_bytes=0)
-    found = candidates(config, model, device, data, dtype, nothing)
+    found = [x for way in ways(config, model) for x in candidates(way, model, device, data, dtype, nothing)]
     return min(found, key=lambda x: x.budget.total_bytes)
 
 
@@ -58,7 +65,7 @@ def _smallest_change(
 ) -> str:
     free = config
     for words, free in _unpinned(config, model):
-        least = _leanest(free, model, device, data, dtype)
+        least = least_of(free, model, device, data, dtype)
         if replace(limits_of(free, device), device_bytes=limit).fit(least):
             return f"it fits when you {words}"
     free = replace(free, ram_gib=config.ram_gib)
@@ -66,7 +73,7 @@ def _smallest_change(
     if tokens:
         one = ", one row at a time" if config.per_device_train_batch_size or config.gradient_accumulation_steps else ""
         return f"it fits with max_length = {tokens}{one} ({in_words(mix)})"
-    leanest_parts = _leanest(free, model, device, data, dtype).budget.by_category
+    leanest_parts = least_of(free, model, device, data, dtype).budget.by_category
     m = MemoryCategory
     fixed = sum(n for category, n in leanest_parts.items() if category not in (m.ACTIVATIONS, m.LOSS))
     return f"no max_length fits: {format_bytes(fixed)} are needed before the first token; a smaller model does"
@@ -95,6 +102,8 @@ def _changes(config: FinetuneConfig, model: ModelSpec) -> Iterator[tuple[str, di
         yield _less_pinned(rows, bool(batch), bool(accumulation)), free
     if config.ram_gib is not None:
         yield "leave out ram_gib", {"ram_gib": None}
+    if config.fsdp is False and not not_split_because(config, model):
+        yield "leave out fsdp", {"fsdp": "auto"}
     if not (config.load_in_4bit or model.quantized):
         yield "write load_in_4bit = true", {"load_in_4bit": True}
 
@@ -113,12 +122,19 @@ def longest_that_fits(
     Args:
         limit: bytes of the device that a run may take.
     """
-    limits = limits_of(config, device)
+    limits, config = limits_of(config, device), ways(config, model)[-1]
 
     def least(n: int) -> tuple[int, Mix]:
         # Of a full pack; a row is one whatever is said here.
         documents = math.ceil(n * data.n_rows / max(1, data.n_tokens))
-        batch = MicroBatch(rows=1, row_tokens=n, supervised_tokens=n, layout=data.layout, n_documents=documents)
+        batch = MicroBatch(
+            rows=1,
+            row_tokens=n,
+            supervised_tokens=n,
+            layout=data.layout,
+            n_documents=documents,
+            longest_document=data.max_tokens,
+        )
         memory = memory_of(config, model, device, dtype, batch)
         mix = leanest(memory, model.n_layers, limits)
         return memory.total_bytes(mix), mix

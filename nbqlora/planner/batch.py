@@ -27,6 +27,7 @@ class MicroBatch:
         ragged: rows differ in length.
         layout: padded, or end to end.
         n_documents: rows that lie in it; None for ``rows``.
+        longest_document: tokens of the longest of them; None for those of a row.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class MicroBatch:
     ragged: bool = True
     layout: BatchLayout = BatchLayout.PADDED
     n_documents: int | None = None
+    longest_document: int | None = None
 
     def tokens(self, *, captured: bool) -> int:
         """Of all rows."""
@@ -82,6 +84,13 @@ class MicroBatch:
         if self.dense or not captured:
             return self.rows if self.dense else n
         return max(LEAST_DOCUMENTS, 1 << n.bit_length())
+
+    def longest(self, *, captured: bool) -> int:
+        """Tokens of the longest document, as attention is told; what a captured batch is filled up with is one too."""
+        if self.dense:
+            return self.tokens(captured=captured) // self.rows
+        longest = min(self.row_tokens, self.longest_document or self.row_tokens)
+        return max(longest, self._step) if captured else longest
 
 
 def _up(n: int, step: int) -> int:

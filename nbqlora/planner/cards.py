@@ -1,9 +1,8 @@
-"""Several cards: each has the whole model and a share of a step's rows, and the adapters' gradients are added once a
-step.
+"""Several cards: each has a share of a step's rows, and the adapters' gradients are added once a step.
 
-So memory is that of one card with fewer rows, and what is sent does not grow with the rows: 4 bytes a LoRA parameter,
-of which a ring all-reduce sends each card's share almost twice. The rate of a link is measured where the cards are
-already connected. Elsewhere it is assumed, and the plan says so.
+Each has the whole model too, as long as that fits (``shards`` says what else there is). So memory is that of one card
+with fewer rows, and what is sent does not grow with the rows: 4 bytes a LoRA parameter, of which a ring all-reduce
+sends each card's share almost twice.
 """
 
 from __future__ import annotations
@@ -14,16 +13,8 @@ from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.plan import Decision, Plan
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, ModelSpec
 from nbqlora.core.units import format_bytes, format_minutes
+from nbqlora.planner.link import link_rate
 from nbqlora.planner.standing import adapter_params
-
-# Bytes a second that one card sends, where nothing was measured. PCIe 3.0 x16 gives about 10 of its 15.75 GB/s between
-# cards that cannot reach each other's memory, as Kaggle's two T4s; NVLink is that of A100 to H200, a third in reserve.
-ETHERNET, CPU, PCIE_3, PCIE_4, NVLINK = 1.25e9, 1e9, 10e9, 20e9, 300e9
-WITH_NVLINK = ("A100", "A800", "H100", "H200", "H800", "B200", "B300")
-NOT_SPLIT = (
-    "each card needs the whole model: several cards make a run quicker, not smaller, since no model is split over "
-    "cards here"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +42,15 @@ def cards_asked(config: FinetuneConfig, device: DeviceSpec, n_nodes: int = 1) ->
 
 
 def shared(device: DeviceSpec, cards: Cards) -> DeviceSpec:
-    """One card's share of its machine: host memory is for all processes; on a CPU that is all there is."""
-    if cards.per_node == 1:
+    """One card's share of its machine: host memory is for all processes; on a CPU that is all there is.
+
+    How fast the link is, measured or assumed, is written down too.
+    """
+    if cards.n == 1:
         return device
     free = device.free_bytes // cards.per_node if device.kind == "cpu" else device.free_bytes
-    return replace(device, free_bytes=free, host_free_bytes=device.host_free_bytes // cards.per_node)
+    host, link = device.host_free_bytes // cards.per_node, link_rate(device, cards.n_nodes)[0]
+    return replace(device, free_bytes=free, host_free_bytes=host, link_bytes_per_second=link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,27 +72,9 @@ def sent(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, cards: Ca
     """The all-reduce of the adapters' gradients."""
     if cards.n == 1:
         return Sent()
-    rate, link = _link(device, cards)
+    rate, link = link_rate(device, cards.n_nodes)
     n_bytes = int(2 * (cards.n - 1) / cards.n * 4 * adapter_params(model, config))
     return Sent(n_bytes=n_bytes, seconds=n_bytes / rate, link=link)
-
-
-def _link(device: DeviceSpec, cards: Cards) -> tuple[float, str]:
-    """Bytes a second of the slowest link, and which it is."""
-    if device.link_bytes_per_second:
-        return device.link_bytes_per_second, f"measured {_rate(device.link_bytes_per_second)}"
-    if cards.n_nodes > 1:
-        return ETHERNET, f"how fast the network between the machines is, is not known; {_rate(ETHERNET)} are assumed"
-    if device.kind == "cpu":
-        return CPU, f"not measured; {_rate(CPU)} are assumed"
-    if any(name in device.name for name in WITH_NVLINK):
-        return NVLINK, f"not measured; {_rate(NVLINK)} are assumed, as NVLink has"
-    rate = PCIE_4 if (device.capability or (8, 0)) >= (8, 0) else PCIE_3
-    return rate, f"not measured; {_rate(rate)} are assumed, as PCIe has"
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.3g} GB/s"
 
 
 def decision(device: DeviceSpec, data: DataStats, cards: Cards, step_rows: int, send: Sent) -> Decision:

@@ -12,8 +12,10 @@ from nbqlora.core.specs import DeviceSpec, ModelSpec
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.fused import fused_family
 from nbqlora.planner.fused_memory import FusedMemory, fused_memory
+from nbqlora.planner.fused_pace import fused_pace
 from nbqlora.planner.mix import Mix
-from nbqlora.planner.pace import Load, Pace, fused_pace, stock_pace
+from nbqlora.planner.pace import Load, Pace, stock_pace
+from nbqlora.planner.shards import shards_of
 from nbqlora.planner.standing import DTYPE_BYTES, quantized
 from nbqlora.planner.stock import StockMemory
 
@@ -46,4 +48,7 @@ def pace_of(
     family = fused_family(model, config)
     if family is None:
         return stock_pace(model, device, dtype, load)
-    return fused_pace(family, model, device, dtype, load, quantized=quantized(model, config), dense=dense)
+    shards = shards_of(config)
+    return fused_pace(
+        family, model, device, dtype, load, quantized=quantized(model, config), dense=dense, shards=shards
+    )

@@ -14,8 +14,9 @@ from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.fused import fused_family, not_captured_because
 from nbqlora.planner.fused_memory import FusedMemory
-from nbqlora.planner.limits import HOST_RESERVE_BYTES, Limits
+from nbqlora.planner.limits import HOST_RESERVE_BYTES, Limits, usable_bytes
 from nbqlora.planner.search import longest_row
+from nbqlora.planner.shards import shards_of
 from nbqlora.planner.standing import FRAGMENTATION_BYTES
 
 
@@ -45,7 +46,7 @@ def decisions(
         Decision(
             name="memory",
             value=f"{format_bytes(limits.device_bytes)} usable",
-            because=_why_limit(config, device, limits.device_bytes),
+            because=_why_limit(config, device),
         ),
     )
 
@@ -62,7 +63,7 @@ def _tiles(config: FinetuneConfig, best: Candidate, limits: Limits) -> list[Deci
     if best.mix.tile_tokens:
         value = f"{best.mix.tile_tokens} tokens at once"
         return [Decision(name="MLP", value=value, because=reasons.tiles(best, limits))]
-    if best.memory.joins and config.lora_dropout and not best.mix.keep:
+    if isinstance(best.memory, FusedMemory) and config.lora_dropout and not best.mix.keep:
         return [Decision(name="MLP", value="whole", because="lora_dropout draws by place, which tiles would change")]
     return []
 
@@ -93,7 +94,7 @@ def _how_it_runs(
     batch = MicroBatch(
         rows=best.micro_batch_size, row_tokens=longest_row(config, data), supervised_tokens=1, layout=data.layout
     )
-    eager = not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
+    eager = not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens, shards=shards_of(config))
     step = Decision(name="step", value="eager", because=eager)
     if not eager:
         step = Decision(name="step", value="captured as a CUDA graph", because="after the first of a shape")
@@ -113,9 +114,9 @@ def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
     return "this card has bf16" if device.has_bf16 else "this card has no bf16"
 
 
-def _why_limit(config: FinetuneConfig, device: DeviceSpec, limit: int) -> str:
+def _why_limit(config: FinetuneConfig, device: DeviceSpec) -> str:
     if config.vram_gib is not None:
-        cut = limit < int(config.vram_gib * GIB)
+        cut = usable_bytes(config, device) < int(config.vram_gib * GIB)
         return f"all that is free; vram_gib = {config.vram_gib:g} is more" if cut else "pinned by vram_gib"
     if device.kind == "cpu":
         return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve"

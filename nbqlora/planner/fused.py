@@ -18,6 +18,7 @@ from nbqlora.core.families import FAMILIES, Family
 from nbqlora.core.specs import DeviceSpec, LayerPolicy, ModelSpec
 from nbqlora.planner.attention import CAPTURED, Attended, choose_kernel
 from nbqlora.planner.batch import CAPTURED_TOKENS, MicroBatch
+from nbqlora.planner.shards import NOT_CAPTURED, shards_of
 from nbqlora.planner.standing import DTYPE_BYTES, quantized, targets
 
 # A group's projections, in the engine's order; a family has those of the one or of the other name.
@@ -49,23 +50,40 @@ def fused_family(model: ModelSpec, config: FinetuneConfig) -> Family | None:
 
 
 def not_captured_because(
-    family: Family | None, model: ModelSpec, device: DeviceSpec, dtype: str, *, row_tokens: int = 0
+    family: Family | None,
+    model: ModelSpec,
+    device: DeviceSpec,
+    dtype: str,
+    *,
+    row_tokens: int = 0,
+    shards: int = 1,
 ) -> str:
     """Why steps are not captured as CUDA graphs, in the engine's words; "" where they are.
 
     Args:
         family: None where layers stay transformers' own.
         row_tokens: of the longest row, what lies end to end being one; 0 for one that is short enough.
+        shards: cards over which a layer's weights are split.
     """
     if device.kind == "cpu":
         return "a CPU has no graphs to capture"
     if family is None:
         return "not every layer is a fused one"
+    if shards > 1:
+        return NOT_CAPTURED
     if choose_kernel(family, device, dtype, model.head_dim, dense=False)[0] not in CAPTURED:
         return "its attention is computed document by document"
     if row_tokens > CAPTURED_TOKENS:
         return f"rows of more than {CAPTURED_TOKENS:,} tokens keep the card busy, and graphs would hold memory"
     return ""
+
+
+def captures(
+    family: Family | None, model: ModelSpec, config: FinetuneConfig, device: DeviceSpec, dtype: str, batch: MicroBatch
+) -> bool:
+    """Whether steps of such a micro-batch are captured."""
+    rows, shards = batch.line_tokens, shards_of(config)
+    return not not_captured_because(family, model, device, dtype, row_tokens=rows, shards=shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +204,7 @@ def fused_layer(
     batch: MicroBatch,
 ) -> FusedLayer:
     """One layer of a model, for a micro-batch."""
-    captured = not not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
+    captured = captures(family, model, config, device, dtype, batch)
     c, tokens = DTYPE_BYTES[dtype], batch.tokens(captured=captured)
     attended = Attended(
         kernel=choose_kernel(family, device, dtype, model.head_dim, dense=batch.dense)[0],
@@ -195,7 +213,7 @@ def fused_layer(
         head_dim=model.head_dim,
         tokens=tokens,
         documents=batch.documents(captured=captured),
-        longest=tokens // batch.rows if batch.dense else batch.row_tokens,
+        longest=min(tokens, batch.longest(captured=captured)),
         dense=batch.dense,
         window=bool(family.window),
         on_card=device.kind == "cuda",

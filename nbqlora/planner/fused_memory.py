@@ -20,10 +20,11 @@ from nbqlora.core.plan import MemoryBudget
 from nbqlora.core.specs import BatchLayout, DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import MIB
 from nbqlora.planner.batch import MicroBatch
-from nbqlora.planner.fused import FusedLayer, fused_layer, not_captured_because
+from nbqlora.planner.fused import FusedLayer, captures, fused_layer
 from nbqlora.planner.logits import LOSS_CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK, logit_bytes, power_of_two
 from nbqlora.planner.mix import Mix
 from nbqlora.planner.moments import LayerBytes, layer_bytes, moments
+from nbqlora.planner.shards import shards_of
 from nbqlora.planner.standing import DTYPE_BYTES, adapter_params, standing_bytes
 
 # A chunk of the loss may always be so large. What a small one costs, as the head is read for each: 1B 4 x 512 on an
@@ -49,6 +50,7 @@ class FusedMemory:
         losses: bytes of the loss without a chunk, and for each token of a chunk; of an eager and of a captured step.
         logits: bytes of logits for each token of a chunk.
         most_rows: tokens that a chunk can use.
+        joins: layers may join; not where that would take the weights of two at once.
     """
 
     standing: Mapping[MemoryCategory, int]
@@ -58,9 +60,9 @@ class FusedMemory:
     losses: Sequence[tuple[int, int]]
     logits: int
     most_rows: int
+    joins: bool = True
     _layers: dict[int, LayerBytes] = field(default_factory=dict, init=False, repr=False)
 
-    joins = True
     mlp_alone = True
 
     def total_bytes(self, mix: Mix) -> int:
@@ -130,7 +132,7 @@ def fused_memory(
     batch: MicroBatch,
 ) -> FusedMemory:
     """What one micro-batch takes."""
-    captured = not not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
+    captured = captures(family, model, config, device, dtype, batch)
     c = DTYPE_BYTES[dtype]
     layer = fused_layer(family, model, config, device, dtype, batch)
     standing = standing_bytes(config, model, device, c)
@@ -148,6 +150,7 @@ def fused_memory(
         losses=_losses(layer, batch, model.vocab_size * c, logits, captured=captured),
         logits=logits,
         most_rows=2 * power_of_two(max(1, batch.supervised_tokens - 1)),
+        joins=shards_of(config) == 1,
     )
 
 

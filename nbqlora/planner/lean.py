@@ -24,7 +24,7 @@ def lean(memory: Memory, n_layers: int, limits: Limits) -> Mix:
     slots = slots_of(memory, n_layers, limits)
     tile = memory.tiles[-1] if memory.tiles else 0
     if not memory.joins:
-        return Mix(recompute=n_layers - slots, offload=slots)
+        return Mix(recompute=n_layers - slots, offload=slots, tile_tokens=tile)
     if slots == n_layers:
         # Joining and staying here may spare a little of what the last layers keep.
         few = min(n_layers, 3)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.specs import DeviceSpec
-from nbqlora.core.units import GIB
+from nbqlora.core.units import GIB, MIB
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.standing import FRAGMENTATION_BYTES
 
 # What stays free of a host's memory for Python, the data and the page cache, unless ``ram_gib`` says otherwise.
 HOST_RESERVE_BYTES = 3 * GIB
+# What a card's peak is above a plan's sum: small tensors, each in blocks of 512 bytes (H200, 33 runs: at most 1.3 MiB).
+ROUNDING_BYTES = 2 * MIB
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Limits:
     """Bytes that a plan may fill.
 
     Args:
-        device_bytes: on the card; of the process, on a CPU.
+        device_bytes: what its tensors may add up to on the card; of the process, on a CPU.
         host_bytes: pinned on the host, for inputs that are offloaded; 0 where the device is the host.
         on_card: the device is not the host.
     """
@@ -36,7 +38,10 @@ class Limits:
 
 def limits_of(config: FinetuneConfig, device: DeviceSpec) -> Limits:
     """What a config allows on a machine."""
-    return Limits(usable_bytes(config, device), usable_host_bytes(config, device), device.kind != "cpu")
+    usable, on_card = usable_bytes(config, device), device.kind != "cpu"
+    if on_card and config.vram_gib is not None:  # elsewhere a reserve is left
+        usable = max(0, usable - ROUNDING_BYTES)
+    return Limits(usable, usable_host_bytes(config, device), on_card)
 
 
 def usable_bytes(config: FinetuneConfig, device: DeviceSpec) -> int:

@@ -14,11 +14,12 @@ from nbqlora.planner.asked import layers_asked
 from nbqlora.planner.batch import MicroBatch
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.estimate import memory_of, pace_of
-from nbqlora.planner.fused import fused_family, not_captured_because
+from nbqlora.planner.fused import captures, fused_family
 from nbqlora.planner.limits import Limits
 from nbqlora.planner.mix import Mix, all_kept
 from nbqlora.planner.pace import Load
 from nbqlora.planner.quickest import Split
+from nbqlora.planner.shards import n_cards
 
 
 def candidates(
@@ -68,6 +69,7 @@ def split_of(
         ragged=data.percentiles[0] < data.max_tokens,
         layout=data.layout,
         n_documents=math.ceil(rows * data.n_rows / max(1, data.n_sequences)),
+        longest_document=data.max_tokens,
     )
     # A padded batch of several rows is as wide as its longest; the upper quartile stands for it.
     mean = data.n_tokens / max(1, data.n_sequences)
@@ -75,8 +77,7 @@ def split_of(
     attended, family = typical, fused_family(model, config)
     if batch.joined:  # a mask spans the whole batch; fused layers need none, and look at a document alone
         attended = rows * typical if family is None else data.mean_tokens
-    eager = not_captured_because(family, model, device, dtype, row_tokens=batch.line_tokens)
-    tokens = batch.mean_tokens(typical, captured=not eager)
+    tokens = batch.mean_tokens(typical, captured=captures(family, model, config, device, dtype, batch))
     load = Load(tokens=tokens, attended=attended, supervised_share=share, accumulation=accumulation)
     return Split(
         rows=rows,
@@ -85,11 +86,6 @@ def split_of(
         memory=memory_of(config, model, device, dtype, batch),
         pace=pace_of(config, model, device, dtype, load, dense=batch.dense),
     )
-
-
-def n_cards(config: FinetuneConfig) -> int:
-    """Cards that train together; ``"all"`` was counted before."""
-    return config.gpus if isinstance(config.gpus, int) else 1
 
 
 def step_rows(config: FinetuneConfig, data: DataStats) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.specs import DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, MIB
+from nbqlora.planner import shards
 
 # NF4 with double quantization: half a byte, one uint8 scale a block of 64, one fp32 scale of 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -44,10 +45,15 @@ def quantized(model: ModelSpec, config: FinetuneConfig) -> bool:
 
 
 def weight_bytes(model: ModelSpec, config: FinetuneConfig, c: int) -> int:
-    """The frozen base: linears in NF4, everything else (embeddings, head, norms) in a dtype of ``c`` bytes."""
+    """The frozen base: linears in NF4, everything else (embeddings, head, norms) in a dtype of ``c`` bytes.
+
+    Where NF4 is split over cards: one card's share of it, and the layers that are gathered.
+    """
     if not quantized(model, config):
         return model.n_params * c
-    return int(model.n_linear_params * NF4_BYTES) + (model.n_params - model.n_linear_params) * c
+    n = shards.shards_of(config)
+    whole = int(model.n_linear_params * NF4_BYTES) + (model.n_params - model.n_linear_params) * c
+    return whole - shards.spared_bytes(model, n) + shards.gathered_bytes(model, n)
 
 
 def standing_bytes(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, c: int) -> dict[MemoryCategory, int]:

@@ -14,7 +14,7 @@ from nbqlora.core.units import GIB, format_bytes
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.known import CARDS, CONTEXT_BYTES, PLENTY_BYTES, SHAPES, device_of, model_of
 from nbqlora.planner.lean import leanest
-from nbqlora.planner.limits import Limits
+from nbqlora.planner.limits import ROUNDING_BYTES, Limits
 from nbqlora.planner.mix import all_kept
 from nbqlora.planner.quickest import Split
 from nbqlora.planner.reasons import in_words
@@ -65,6 +65,11 @@ def check_table(card: str, options: Mapping[str, Any]) -> None:
     for name in GONE_THROUGH:
         if name in options:
             problems.append(Problem(key=name, message="is what the table goes through", hint="leave it out"))
+    if options.get("fsdp") is True and options.get("gpus") in (None, 1, "all"):
+        message = "over how many cards weights are split has to be said"
+        problems.append(
+            Problem(key="fsdp", message=message, hint="write gpus = 2; the table is then that of each card")
+        )
     if problems:
         raise ConfigError(problems, "the options of memory_table")
 
@@ -86,17 +91,22 @@ def _row(name: str, config: FinetuneConfig, device: DeviceSpec, dtype: str) -> M
     return MemoryRow(
         shape=name,
         like=SHAPES[name].like,
-        minimum_bytes=least.budget.total_bytes,
-        offloaded_bytes=offloaded.budget.total_bytes,
+        minimum_bytes=_needed(least),
+        offloaded_bytes=_needed(offloaded),
         host_bytes=offloaded.host_bytes,
-        recommended_bytes=recommended.budget.total_bytes,
+        recommended_bytes=_needed(recommended),
         recommended_rows=recommended.micro_batch_size,
-        all_kept_bytes=fastest.budget.total_bytes,
+        all_kept_bytes=_needed(fastest),
         slower=_seconds(least) / _seconds(fastest) - 1,
         cards_gb=(card_of(least.budget.total_bytes), card_of(recommended.budget.total_bytes)),
         rule_of_thumb=SHAPES[name].rule_of_thumb,
         on_80_gb="does not fit" if of_80 is None else _in_words(of_80, fastest),
     )
+
+
+def _needed(candidate: Candidate) -> int:
+    """What has to be there for it: ``vram_gib`` in bytes."""
+    return candidate.budget.total_bytes + ROUNDING_BYTES
 
 
 def _alone(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, dtype: str) -> Split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import MemoryExhaustedError
@@ -35,7 +36,8 @@ def with_what_fits(
 
 def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, room: int) -> str:
     had = f"in the {format_bytes(room)} that this run could have"
-    found, _ = longest_that_fits(config, plan.model, plan.device, plan.data, plan.dtype, room)
+    as_planned = replace(config, gpus=plan.n_cards, fsdp=plan.shards > 1)
+    found, _ = longest_that_fits(as_planned, plan.model, plan.device, plan.data, plan.dtype, room)
     if error.tokens:  # the plan is wrong about these, so it is not asked about as many
         found = min(found, (error.tokens - 1) // LENGTH_STEP * LENGTH_STEP)
     if found:

@@ -18,7 +18,7 @@ from nbqlora import planner
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import DoesNotFitError, RunError
 from nbqlora.core.plan import Plan
-from nbqlora.core.specs import BatchLayout
+from nbqlora.core.specs import BatchLayout, LayerPolicy
 from nbqlora.core.units import format_seconds
 from nbqlora.hub.checkpoint import Checkpoint, first_whole
 from nbqlora.hub.manifest import WEIGHTS
@@ -103,6 +103,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "n_cards": plan.n_cards,
+        "shards": plan.shards,
         "layers": dict(Counter(policy.value for policy in plan.layer_policies)),
         "layout": plan.data.layout.value,
         "n_eval_rows": plan.data.n_eval_rows,
@@ -176,7 +177,9 @@ def _as_planned_then(config: FinetuneConfig, seen: Look, plan: Plan, checkpoint:
     pins: dict[str, Any] = {"gpus": plan.n_cards}
     if config.per_device_train_batch_size is None and config.gradient_accumulation_steps is None:
         pins |= {name: then[key] for name, key in _SPLIT.items()}
-    if config.gradient_checkpointing == "auto":
+    # Layers that joined cannot where weights are split now.
+    can_be = plan.shards == 1 or not then["layers"].get(LayerPolicy.JOIN.value)
+    if config.gradient_checkpointing == "auto" and can_be:
         pins["gradient_checkpointing"] = then["layers"]
     try:
         return _plan(replace(config, effective_batch_size=plan.effective_batch_size, **pins), seen)
@@ -197,6 +200,12 @@ def _split(facts: Mapping[str, Any]) -> str:
     return f"{n} cards x {each}" if n > 1 else each
 
 
+def _held(facts: Mapping[str, Any]) -> str:
+    """How cards have the layers' weights; checkpoints from before these were split do not say it."""
+    n = facts.get("shards", 1)
+    return f"split over {n} cards" if n > 1 else "whole"
+
+
 def _changes(then: Mapping[str, Any], plan: Plan) -> list[str]:
     """What is not as it was, in a line: ``re-planned for Tesla T4: 4 x 4 -> 2 x 8, dtype bf16 -> fp16; ...``."""
     now = plan_facts(plan)
@@ -206,6 +215,7 @@ def _changes(then: Mapping[str, Any], plan: Plan) -> list[str]:
         ("", *split),
         ("dtype ", then["dtype"], now["dtype"]),
         ("layers ", *layers),
+        ("weights ", *(_held(facts) for facts in (then, now))),
         ("rows ", then["layout"], now["layout"]),
         ("eval rows ", then["n_eval_rows"], now["n_eval_rows"]),
     ]

@@ -16,6 +16,7 @@ ROWS = "expected a file, a data set's name or rows, got"
 TABLE = 'expected "auto", "none", "full", "offload" or a table {keep = 22, recompute = 10}, got'
 SCHEDULES = "linear, cosine, constant, constant_with_warmup, polynomial, inverse_sqrt"
 UNBOUNDED = "paged optimizers keep their states in managed memory, which no plan can bound; use adamw_8bit"
+SPLIT = "true splits the NF4 weights of each layer over the cards, and nothing else"
 # option: (good values, ((bad value, what is said), ...))
 UNQUOTE = "; leave out the quotes"
 LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
@@ -55,6 +56,17 @@ LEAVES: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         [(0, 'expected a whole number of at least 1 or "all", got 0'),
          (True, 'expected a whole number of at least 1 or "all", got true'),
          ("both", 'expected a whole number of at least 1 or "all", got "both"')],
+    ),
+    "fsdp": (
+        ["auto", True, False],
+        [
+            ("yes", 'expected "auto", true or false, got "yes"'),
+            (1, 'expected "auto", true or false, got 1'),
+            ("full_shard auto_wrap", f'expected "auto", true or false, got "full_shard auto_wrap"; {SPLIT}'),
+            (["full_shard"], f"expected \"auto\", true or false, got ['full_shard']; {SPLIT}"),
+            ("no_shard", 'expected "auto", true or false, got "no_shard"; false keeps the whole model on each card'),
+            ([], 'expected "auto", true or false, got []'),
+        ],
     ),
     "max_minutes": ([None, 0.5, 90], [(-1, "expected a number above 0, got -1")]),
     "effective_batch_size": (

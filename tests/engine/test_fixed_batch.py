@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbqlora.engine.fixed_batch import LEAST_DOCUMENTS, SHAPES, fixed_batch, supervised
+from nbqlora.engine.fixed_batch import LEAST_DOCUMENTS, SHAPES, fixed_batch, longest_of, supervised
 from nbqlora.engine.fused import engine_of
 from nbqlora.engine.head import chunked_loss
 from nbqlora.engine.optimize import optimize
@@ -28,6 +28,21 @@ def test_a_pack_is_filled_up_with_a_document_of_its_own() -> None:
     assert torch.equal(found["input_ids"][:, :28], batch["input_ids"]) and (found["input_ids"][:, 28:] == 256).all()
     assert (found["labels"][:, 28:] == -100).all()
     assert found["position_ids"][0, 28:].tolist() == list(range(36))
+
+
+@pytest.mark.parametrize("most_tokens", [64, 700, 4096])
+def test_the_filling_is_no_longer_than_attention_is_told(most_tokens: int) -> None:
+    for n in range(5, min(most_tokens, 900), 41):
+        lengths = (3,) * (n // 3) + (2,)
+        found = fixed_batch(packed_batch(lengths=lengths), most_tokens=most_tokens, pad_token_id=0, longest_document=3)
+        assert int(found["boundaries"].diff().max()) <= longest_of(3, most_tokens)
+
+
+def test_a_document_longer_than_any_should_be_is_an_error() -> None:
+    batch = packed_batch(lengths=(9, 14, 5))
+    fixed_batch(batch, most_tokens=512, pad_token_id=0, longest_document=14)
+    with pytest.raises(ValueError, match="a document of 14 tokens, where none has more than 13"):
+        fixed_batch(batch, most_tokens=512, pad_token_id=0, longest_document=13)
 
 
 def test_rows_are_padded_further_on_the_right() -> None:

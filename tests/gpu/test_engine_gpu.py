@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import nbqlora
 from nbqlora.core.errors import NonFiniteLossError
 from nbqlora.core.events import StepEvent
-from nbqlora.core.specs import LayerPolicy
+from nbqlora.core.specs import BatchLayout, LayerPolicy
 from nbqlora.engine.checkpoint import apply_policies
 from nbqlora.engine.fused import engine_of
 from nbqlora.engine.loaded import LoadedModel
@@ -104,6 +105,23 @@ def test_captured_is_eager(mix: str, make: Any, dtype: str, medium_folder: Any) 
             off = float((found[1] - gradient).norm() / gradient.norm())
             assert off < (2e-2 if dtype == "bf16" else 4e-3), off
     assert 1 <= len(captured._graphs) <= 3
+
+
+def test_a_filling_longer_than_every_document(medium_folder: Any) -> None:
+    loaded = loaded_model(medium_folder, dtype="bf16")
+    data = replace(loaded.plan.data, max_tokens=40, layout=BatchLayout.PACKED)
+    loaded.run_as(replace(loaded.plan, data=data))
+    batch = {k: v.cuda() for k, v in tiny.packed_batch(lengths=(40, 33) * 9).items()}
+    step = loaded.micro_step()
+    filled = int(step.fix(batch)["boundaries"].diff().max())
+    assert step.captures and filled > 40
+    losses = [gradients(loaded, batch) for _ in range(4)]  # eager, captured, replayed twice
+    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
+    del junk
+    losses += [gradients(loaded, batch) for _ in range(2)]
+    for loss, gradient in losses:
+        assert loss == pytest.approx(losses[0][0], rel=1e-5) and bool(gradient.isfinite().all())
+        assert (gradient - losses[0][1]).norm() < 2e-2 * losses[0][1].norm()
 
 
 def test_every_mix_is_the_same_step_and_offload_takes_less(medium_folder: Any) -> None:

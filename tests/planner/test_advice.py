@@ -142,6 +142,6 @@ def packed(max_length: int) -> Any:
 
 def test_an_advised_length_of_packs_counts_their_documents() -> None:
     with pytest.raises(DoesNotFitError, match=r"it fits with max_length = (\d+)") as caught:
-        packed(65536)
+        packed(131072)
     advised = int(str(caught.value).partition("max_length = ")[2].split()[0])
     assert advised > 16384 and packed(advised).micro_batch_size == 1

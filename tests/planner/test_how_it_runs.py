@@ -14,7 +14,7 @@ from nbqlora.core.specs import BatchLayout
 from nbqlora.engine import attention as engine
 from nbqlora.engine import micro_step
 from nbqlora.engine.attention import choose_attention
-from nbqlora.engine.fixed_batch import fixed_batch
+from nbqlora.engine.fixed_batch import fixed_batch, longest_of
 from nbqlora.planner import make_plan
 from nbqlora.planner.attention import CAPTURED, WORKSPACE_BYTES, choose_kernel
 from nbqlora.planner.batch import MicroBatch
@@ -79,6 +79,20 @@ def test_a_captured_batch_is_filled_up_as_the_engine_fills_it(most: int) -> None
     rows = {"input_ids": ids.expand(3, -1), "labels": ids.expand(3, -1)}
     assert padded.tokens(captured=True) == fixed_batch(rows, most_tokens=most, pad_token_id=0)["input_ids"].numel()
     assert padded.tokens(captured=False) == 3 * most
+
+
+@pytest.mark.parametrize(("most", "longest"), [(1024, 40), (1024, 300), (4096, 40), (70000, 9000)])
+def test_attention_is_planned_for_the_longest_document(most: int, longest: int) -> None:
+    lengths = [longest] * (most // longest)
+    ids = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    batch["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).int()
+    found = fixed_batch(batch, most_tokens=most, pad_token_id=0, longest_document=longest)
+    planned = MicroBatch(
+        rows=1, row_tokens=most, supervised_tokens=1, layout=BatchLayout.PACKED, longest_document=longest
+    )
+    assert planned.longest(captured=True) == longest_of(longest, most) >= int(found["boundaries"].diff().max())
+    assert planned.longest(captured=False) == longest and planned.longest(captured=True) < most
 
 
 def test_filling_takes_time() -> None:

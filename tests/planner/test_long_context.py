@@ -55,7 +55,7 @@ def test_beyond_it_is_said_what_fits() -> None:
 
 def test_long_rows_are_launched_kernel_by_kernel_in_the_engine_too() -> None:
     assert CAPTURED_TOKENS == batch.CAPTURED_TOKENS
-    engine: Any = SimpleNamespace(complete=True, last_norm=object(), layers={})
+    engine: Any = SimpleNamespace(complete=True, last_norm=object(), layers={}, shards=None)
     for tokens, because in ((CAPTURED_TOKENS, ""), (CAPTURED_TOKENS + 1, LONG)):
         found = not_captured_because(engine, torch.device("cuda"), lambda model, batch: None, row_tokens=tokens)  # type: ignore[arg-type,return-value]
         assert found == because

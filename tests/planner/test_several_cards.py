@@ -138,13 +138,10 @@ def test_cards_share_the_hosts_memory() -> None:
     assert all(found.host_bytes <= 20 * GIB // found.n_cards for found in allowed)
 
 
-def test_no_card_gets_a_part_of_the_model() -> None:
-    with pytest.raises(DoesNotFitError) as caught:
-        plan("70B", PAIR, gpus=2)
-    assert str(caught.value).endswith(
-        "each card needs the whole model: several cards make a run quicker, not smaller, since no model is split over "
-        "cards here"
-    )
+def test_a_model_that_fits_is_whole_on_each_card() -> None:
+    found = plan("8B", PAIR, gpus=2)
+    assert (found.shards, found.gathered_bytes) == (1, 0)
+    assert found.budget == plan("8B", DEVICES["T4"], per_device_train_batch_size=found.micro_batch_size).budget
     with pytest.raises(DoesNotFitError) as caught:
         plan("70B", DEVICES["T4"])
-    assert "each card needs" not in str(caught.value)
+    assert "card" not in str(caught.value).splitlines()[-1]

@@ -14,6 +14,7 @@ from nbqlora.core.memory_table import MemoryRow, MemoryTable
 from nbqlora.core.plan import Plan
 from nbqlora.planner import make_plan
 from nbqlora.planner.known import CARDS, SHAPES, device_of, model_of
+from nbqlora.planner.limits import ROUNDING_BYTES
 from nbqlora.planner.table import card_of, full_rows, memory_table
 from tests.planner.shapes import GIB, MODELS, options
 
@@ -53,7 +54,7 @@ def test_the_minimum_is_the_least_with_a_plan(table: MemoryTable, shape: str) ->
 def test_what_is_recommended_is_fast_enough_and_not_much_more_than_needed(table: MemoryTable, shape: str) -> None:
     row = row_of(table, shape)
     fastest, found = planned(shape, 1 << 50), planned(shape, row.recommended_bytes)
-    assert fastest.predicted_peak_bytes == row.all_kept_bytes
+    assert fastest.predicted_peak_bytes + ROUNDING_BYTES == row.all_kept_bytes
     assert found.step_seconds and fastest.step_seconds and found.step_seconds <= 1.1 * fastest.step_seconds
     assert found.micro_batch_size == row.recommended_rows
     less = planned(shape, row.recommended_bytes - GIB // 8)

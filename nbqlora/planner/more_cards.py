@@ -1,0 +1,120 @@
+"""What several cards would do about a model that does not fit: those that are idle, or more of the same kind."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.core.errors import ConfigError, Problem
+from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
+from nbqlora.core.units import format_bytes
+from nbqlora.planner.advice import least_of, longest_that_fits
+from nbqlora.planner.candidate import Candidate
+from nbqlora.planner.cards import Cards, shared
+from nbqlora.planner.limits import limits_of
+from nbqlora.planner.shards import shards_of
+from nbqlora.planner.split import WHOLE, not_split_because, ways
+
+# More are not looked at.
+MOST_CARDS = 64
+# Ranks below it are not proposed.
+LEAST_RANK = 4
+# Those that LoRA began with.
+FEW_LINEARS = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """What did not fit.
+
+    Args:
+        config: as it was asked for, with ``gpus`` as a number.
+        device: one of the cards, with its whole machine's memory.
+    """
+
+    config: FinetuneConfig
+    model: ModelSpec
+    device: DeviceSpec
+    data: DataStats
+    dtype: str
+
+    def lines(self) -> list[str]:
+        """What several cards would do; none where there is one only."""
+        n = self._n
+        if n == 1:
+            return [self._with_idle_cards()] if self.device.n_devices > 1 else []
+        if self.config.fsdp is False:
+            return ["fsdp = false keeps the whole model on each card"]
+        if problem := not_split_because(self.config, self.model):
+            return [f"each card needs the whole model here: {_why(problem)}"]
+        return [self._what_would_do()]
+
+    @property
+    def _n(self) -> int:
+        return self.config.gpus if isinstance(self.config.gpus, int) else 1
+
+    def _with_idle_cards(self) -> str:
+        """The fewest of the machine's cards that would do, else what all of them would."""
+        most = self.device.n_devices
+        for n in range(2, most + 1):
+            if self._fits(n):
+                return f"gpus = {n} {self._how(n)}: it fits with max_length = {self.config.max_length}"
+        config = replace(self.config, gpus=most)
+        if problem := not_split_because(config, self.model):
+            return f"gpus = {most} would not do: {_why(problem)}"
+        machine = shared(self.device, Cards(per_node=most))
+        limit = limits_of(config, machine).device_bytes
+        tokens, _ = longest_that_fits(config, self.model, machine, self.data, self.dtype, limit)
+        if tokens:
+            return f"gpus = {most} {self._how(most)}: it fits with max_length = {tokens}"
+        needed = format_bytes(self._least(config, most).budget.total_bytes)
+        return f"gpus = {most} {self._how(most)}, and {needed} would be needed on each"
+
+    def _how(self, n: int) -> str:
+        of = "both" if n == self.device.n_devices == 2 else f"all {n}" if n == self.device.n_devices else f"{n} of them"
+        config = replace(self.config, gpus=n)
+        split = shards_of(ways(config, self.model)[-1]) > 1
+        return f"splits the weights over {of}" if split else f"gives each of {of} fewer rows"
+
+    def _what_would_do(self) -> str:
+        """A smaller adapter, or more cards, with everything else as it was asked for."""
+        found = [words for words, config in _smaller(self.config, self.model) if self._fits(self._n, config)][:1]
+        n = bisect_left(range(self._n + 1, MOST_CARDS + 1), x=True, key=self._fits) + self._n + 1
+        found += [f"split over {n} such cards"] if n <= MOST_CARDS else []
+        return f"it would fit {', or '.join(found)}" if found else "no number of such cards would do"
+
+    def _fits(self, n: int, config: FinetuneConfig | None = None) -> bool:
+        """Whether so many cards of a machine would do."""
+        try:
+            config = replace(config or self.config, gpus=n)
+        except ConfigError:  # what was asked for does not make the batch on so many
+            return False
+        limits = limits_of(config, shared(self.device, Cards(per_node=n)))
+        return limits.fit(self._least(config, n))
+
+    def _least(self, config: FinetuneConfig, n: int) -> Candidate:
+        machine = shared(self.device, Cards(per_node=n))
+        return least_of(config, self.model, machine, self.data, self.dtype)
+
+
+def _why(problem: Problem) -> str:
+    """With what to do, unless that is to leave out an option that is not there."""
+    return problem.message if problem.hint == WHOLE else f"{problem.message}; {problem.hint}"
+
+
+def _smaller(config: FinetuneConfig, model: ModelSpec) -> Iterator[tuple[str, FinetuneConfig]]:
+    """Adapters that take less: states in a byte each, lower ranks, fewer linears; then two of these."""
+    ranks = [r for r in (config.lora_r >> n for n in range(1, config.lora_r.bit_length())) if r >= LEAST_RANK]
+    less = [(f"lora_r = {r}", replace(config, lora_r=r)) for r in ranks]
+    if config.target_modules == "all-linear" and model.linear_shapes.keys() >= set(FEW_LINEARS):
+        names = ", ".join(f'"{name}"' for name in FEW_LINEARS)
+        less.append((f"target_modules = [{names}]", replace(config, target_modules=FEW_LINEARS)))
+    can_be_eight = config.optim != "adamw_8bit"
+    if can_be_eight:
+        yield 'with optim = "adamw_8bit"', replace(config, optim="adamw_8bit")
+    for words, smaller in less:
+        yield f"with {words}", smaller
+    for words, smaller in less if can_be_eight else []:
+        yield f'with optim = "adamw_8bit" and {words}', replace(smaller, optim="adamw_8bit")
