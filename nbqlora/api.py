@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nbqlora import run as _run
@@ -60,8 +61,9 @@ def finetune(*, name: str = "run", observe: Observer | None = None, resume: bool
 
 def finetune_request(request: CellRequest, *, name: str, observe: Observer | None = None, resume: bool = False) -> Run:
     """:func:`finetune` for options that were written as text: a cell, a file."""
+    called = perf_counter()
     with lines_of(request):
-        return _run.finetune(request, name=name, observe=observe, resume=resume)
+        return _run.finetune(request, name=name, observe=observe, resume=resume, called=called)
 
 
 def plan(*, name: str = "run", nodes: int = 1, **options: Any) -> Plan:

@@ -10,11 +10,16 @@ from nbqlora.core.events import Event, NoteEvent, Observer, PhaseEvent, StepEven
 
 
 class Journal:
-    """Collects the events, numbers their time, and passes them on."""
+    """Collects the events, numbers their time, and passes them on.
 
-    def __init__(self, observe: Observer | None) -> None:
-        self._observe, self._begun = observe, perf_counter()
-        self._called = self._begun
+    Args:
+        called: when the cell was run, or the function called, by ``perf_counter``, which all processes of a machine
+            share; None for now.
+    """
+
+    def __init__(self, observe: Observer | None, called: float | None = None) -> None:
+        self._observe, self._begun = observe, perf_counter() if called is None else called
+        self.called = self._begun
         self.events: list[Event] = []
         self.parts: tuple[int, ...] = (0,)
 
@@ -37,7 +42,7 @@ class Journal:
 
     def since_call(self) -> float:
         """Seconds since the cell was run, or the function called: what ``max_minutes`` limits."""
-        return perf_counter() - self._called
+        return perf_counter() - self.called
 
     def emit(self, event: Event) -> None:
         """Keep an event and show it to the observer."""

@@ -41,13 +41,15 @@ MEASURED_BYTES = {"cuda": 64 * MIB, "cpu": 8 * MIB}
 ROUNDS = 3
 # Each group has names of its own where the ranks meet.
 _groups = count()
+# Of a group that was joined ahead and that no run has taken over yet: what was ``sys.excepthook`` before.
+_ahead: list[Callable[..., Any]] = []
 
 
 @contextmanager
 def joined(environ: MutableMapping[str, str]) -> Iterator[Rank]:
     """Within, this process is one of the group that its environment names; by itself where that names none.
 
-    A group that is there already is used, and stays.
+    A group that is there already is used, and stays, unless it was joined ahead.
 
     Raises:
         RunError: the environment names a group that cannot be, or its cards are not to be had.
@@ -60,6 +62,8 @@ def joined(environ: MutableMapping[str, str]) -> Iterator[Rank]:
             _join(rank, environ)
             own = True
             without_signs(environ)
+        elif _ahead:
+            own, hook = True, _ahead.pop()
         ranks = Ranks(torch.device("cpu"))
         yield rank_in(ranks, rank)
     except BaseException:
@@ -70,6 +74,21 @@ def joined(environ: MutableMapping[str, str]) -> Iterator[Rank]:
             dist.destroy_process_group()
             sys.excepthook = hook  # torch put one before it that names the rank
         environ.update(taken)
+
+
+def join_ahead(environ: MutableMapping[str, str]) -> None:
+    """Join the group that the next :func:`joined` takes over, and start what it takes to talk: CUDA, NCCL; seconds.
+
+    Raises:
+        RunError: as :func:`joined`.
+    """
+    rank, hook = rank_of(environ), sys.excepthook
+    if rank.alone:
+        return
+    _join(rank, environ)
+    _ahead.append(hook)
+    # A backend connects when it is used first.
+    Ranks(torch.device("cpu")).add_(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _join(rank: Rank, environ: MutableMapping[str, str]) -> None:

@@ -70,7 +70,14 @@ def make_plan(
     return begin(config, seen, resume=False, how=how_to_resume(request, name)).plan
 
 
-def finetune(request: CellRequest, *, name: str = "run", observe: Observer | None = None, resume: bool = False) -> Run:
+def finetune(
+    request: CellRequest,
+    *,
+    name: str = "run",
+    observe: Observer | None = None,
+    resume: bool = False,
+    called: float | None = None,
+) -> Run:
     """The whole job.
 
     Args:
@@ -78,6 +85,7 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
         name: names the run and its folder.
         observe: called with each event, as it happens.
         resume: go on from the furthest checkpoint in the run's folder, from the beginning where there is none.
+        called: when the user asked for it, as :class:`Journal` takes it: this module's imports take seconds.
 
     Raises:
         ConfigError: everything wrong with the request.
@@ -90,7 +98,7 @@ def finetune(request: CellRequest, *, name: str = "run", observe: Observer | Non
         # Whoever started the ranks decided how many there are.
         request = replace(request, options={**request.options, "gpus": rank.n})
     config = validate(request, table_fields=table_fields)
-    return finetune_config(config, observe, name=name, resume=resume, how=how_to_resume(request, name))
+    return finetune_config(config, observe, name=name, resume=resume, how=how_to_resume(request, name), called=called)
 
 
 def finetune_config(
@@ -101,15 +109,17 @@ def finetune_config(
     resume: bool,
     how: str,
     rows: HandedPair | None = None,
+    called: float | None = None,
 ) -> Run:
     """:func:`finetune` for options that are checked.
 
     Args:
         how: what the user writes to resume, for messages.
         rows: to train on and to evaluate on, where another process read them.
+        called: when the user asked for it, in this process or the one that started it.
     """
     free_all()
-    journal = Journal(observe)
+    journal = Journal(observe, called)
     job: Job | None = None
     failure: NbqloraError
     try:

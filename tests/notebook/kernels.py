@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -107,13 +107,21 @@ class Kernel:
         folder: where it works.
         before: a folder to stand before ``site-packages``; None for the kernel that is installed.
         patience_seconds: how long a cell may take.
+        environ: variables beside this process's own.
     """
 
-    def __init__(self, folder: Path, before: Path | None = None, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        before: Path | None = None,
+        *,
+        patience_seconds: float = PATIENCE_SECONDS,
+        environ: Mapping[str, str] = QUICK,
+    ) -> None:
         self._patience_seconds = patience_seconds
         known = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
         paths = [str(p) for p in [before] if p] + known
-        environment = {**os.environ, "NBQLORA_DISPLAY": "live", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **QUICK}
+        environment = {**os.environ, "NBQLORA_DISPLAY": "live", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **environ}
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         self._manager = KernelManager(kernel_name="python3")
         self._manager.start_kernel(env=environment, cwd=str(folder))
@@ -133,12 +141,17 @@ class Kernel:
         """The kernel's process."""
         return int(self._manager.provisioner.pid)  # type: ignore[union-attr]
 
-    def run(self, code: str, *, interrupt_at: Sequence[str] = ()) -> Said:
+    def interrupt(self) -> None:
+        """What ■ does."""
+        self._manager.interrupt_kernel()
+
+    def run(self, code: str, *, interrupt_at: Sequence[str] = (), act: Callable[[], None] | None = None) -> Said:
         """Run a cell to its end.
 
         Args:
             interrupt_at: patterns; when the first has been said, the kernel is interrupted, then the second is
                 waited for, and so on.
+            act: what is done then instead.
         """
         said, waiting, heard = Said(), list(interrupt_at), ""
         # Without stop_on_error=False a kernel drops the cell that comes right behind one that failed.
@@ -161,7 +174,7 @@ class Kernel:
             found = re.search(waiting[0], heard) if waiting else None
             if found:
                 waiting, heard = waiting[1:], heard[found.end() :]
-                self._manager.interrupt_kernel()
+                (act or self.interrupt)()
 
     def _reply(self, request: str) -> str:
         while True:

@@ -45,6 +45,25 @@ def meet(observe: Observe) -> int:
     return int(mine)
 
 
+def meet_ahead(observe: Observe) -> list[Any]:
+    """A group that was joined ahead is the first run's, which leaves it; the next one joins one of its own."""
+    import torch
+    import torch.distributed as dist
+
+    from nbqlora.run.ranks import join_ahead, joined
+
+    hook = sys.excepthook
+    join_ahead(os.environ)
+    ahead, told = dist.group.WORLD, []
+    for _ in range(2):
+        with joined(os.environ) as rank:
+            mine = torch.tensor([rank.number + 1])
+            dist.all_reduce(mine)
+            told += [int(mine), dist.group.WORLD is ahead, "RANK" in os.environ]
+        told += [dist.is_initialized(), os.environ["RANK"] == str(RANK), sys.excepthook is hook]
+    return told
+
+
 def take_steps(observe: Observe) -> str:
     """Two steps; the other ranks hold more, and are faster."""
     for number in (1, 2):

@@ -18,12 +18,20 @@ from typing import Any
 import psutil
 import pytest
 
-from nbqlora.core.errors import DataError, InterruptedRunError, MemoryExhaustedError, NbqloraError, TrainingError
+from nbqlora.core.errors import (
+    DataError,
+    InterruptedRunError,
+    MemoryExhaustedError,
+    NbqloraError,
+    RunError,
+    TrainingError,
+)
 from nbqlora.core.events import OomEvent, StepEvent
 from nbqlora.data.scratch import PREFIX
 from nbqlora.run.workers import watching
 from nbqlora.run.workers.starting import HOST, Workers
 from nbqlora.run.workers.watching import Watch
+from nbqlora.run.workers.worker import Beside
 from tests.run import stand_ins
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +88,21 @@ def test_they_meet_at_a_port_that_is_closed_behind_them() -> None:
     assert reports == [3, 3]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, port), timeout=5)
+
+
+def test_a_group_that_was_joined_ahead_is_the_first_runs() -> None:
+    reports, _, _ = run(stand_ins.meet_ahead)
+    first, second = [3, True, False, False, True, True], [3, False, False, False, True, True]
+    assert reports == [first + second] * 2
+
+
+def test_what_runs_beside_the_imports_raises_where_it_is_waited_for() -> None:
+    def fails() -> None:
+        raise RunError("too few cards")
+
+    beside = Beside(fails)
+    with pytest.raises(RunError, match="too few cards"):
+        beside.wait()
 
 
 def test_events_are_rank_0s_with_the_fullest_cards_peak() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import psutil
@@ -19,6 +20,7 @@ from nbqlora.core.events import DataEvent, EvalEvent, OomEvent, PlannedEvent, St
 from nbqlora.data.scratch import PREFIX
 from nbqlora.hub.checkpoint import CHECKPOINTS_FOLDER, find_checkpoints, first_whole
 from nbqlora.run.journal import Journal
+from nbqlora.run.steps import finetune_config
 from nbqlora.run.workers.counting import workers_asked
 from nbqlora.run.workers.together import finetune_together
 from nbqlora.run.workers.worker import LAST_SECONDS
@@ -76,6 +78,15 @@ def test_one_that_has_no_memory_left_is_told_with_what_fits(quick: None, model: 
     actions = [e.action for e in events if isinstance(e, OomEvent)]
     assert actions and len(actions) == len(set(actions)), "each rung once, although both told it"
     assert {e.asked_bytes for e in events if isinstance(e, OomEvent)} == {2 << 30}
+
+
+def test_max_minutes_counts_from_the_call(quick: None, model: Path, tmp_path: Path) -> None:
+    """Not from when a worker begins, which is seconds later, or much where many rows are tokenized."""
+    config = FinetuneConfig(**OPTIONS, model=str(model), data=ROWS, output_dir=str(tmp_path), gpus=2, max_minutes=60)
+    journal = Journal(None, called=perf_counter() - 3600)
+    run = finetune_together(config, 2, journal, name="run1", resume=False, how="", finetune=finetune_config)
+    assert (run.status, run.report.reason, len(run.report.steps)) == ("stopped", "max_minutes reached", 1)
+    assert run.report.seconds > 3600 and min(e.elapsed_seconds for e in run.events) > 3600
 
 
 KERNEL = """

@@ -1,7 +1,7 @@
 """A run with workers: the rows are tokenized here and once, everything else happens in the workers.
 
 This process holds nothing on any card: sessions of finished runs were freed before, and no model is loaded. The workers
-import their libraries (7 s) while the rows are read here, and open the tokens where they lie.
+import their libraries (6 s), start CUDA and connect while the rows are read here, and open the tokens where they lie.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nbqlora.run.result import Run
 from nbqlora.run.session import Session
 from nbqlora.run.workers.starting import Workers
 from nbqlora.run.workers.watching import Watch
-from nbqlora.run.workers.worker import import_trainer
+from nbqlora.run.workers.worker import get_ready
 
 Finetune = Callable[..., Run]
 
@@ -43,7 +43,7 @@ def finetune_together(
     Raises:
         NbqloraError: as the ordinary run, or why a worker ended; no worker is left then.
     """
-    with Workers(n, import_trainer) as workers, quiet_libraries(progress_bars=True):
+    with Workers(n, get_ready) as workers, quiet_libraries(progress_bars=True):
         journal.phase("look", f"and starting {n} processes")
         location = place_of(config, journal.note)
         tokenizer = tokenizer_of(config, location)
@@ -51,7 +51,8 @@ def finetune_together(
         # The rows stay in this process: a worker's record says of them what this one's would.
         told = replace(config, data=described(config.data), eval_data=described(config.eval_data))
         rows = (train.handed_on(), evaluation and evaluation.handed_on())
-        workers.tell(partial(_report, finetune, told, name=name, resume=resume, how=how, rows=rows))
+        settings: dict[str, Any] = {"name": name, "resume": resume, "how": how, "rows": rows, "called": journal.called}
+        workers.tell(partial(_report, finetune, told, **settings))
         reports = Watch(workers, journal.emit, journal.note, how).reports()
     peaks = tuple(each.measured_peak_bytes for each in reports)
     report = replace(reports[0], measured_peak_bytes=max(peaks), rank_peaks=peaks)

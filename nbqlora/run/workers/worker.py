@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -37,10 +38,41 @@ Prepare = Callable[[], object]
 Work = Callable[[Observer], Report]
 
 
-def import_trainer() -> None:
-    """What a run imports, 7 s of it, while its rows are still being read elsewhere."""
+def get_ready() -> None:
+    """What a run takes seconds for whatever its rows are: its imports, 6 s, and beside them CUDA and the ranks' group.
+
+    Raises:
+        RunError: this rank cannot join the others.
+    """
+    from nbqlora.run.ranks import join_ahead
+
+    joining = Beside(partial(join_ahead, os.environ))
     import nbqlora.run.steps
     import nbqlora.train.trainer  # noqa: F401
+
+    joining.wait()
+
+
+class Beside:
+    """A call in another thread, which nobody waits for when the process ends: it may wait for a rank that is gone."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="nbqlora-beside", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is done. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def main(line: Connection) -> int:
