@@ -96,6 +96,7 @@ class ModelSpec:
         quantized: the checkpoint is already stored in 4 bits.
         mlp_alone: every layer has an MLP as a module of its own.
         download_bytes: size of the checkpoint's files, None when unknown.
+        embedding_on_host: a plan keeps its input embedding in host memory; no config says so.
     """
 
     name: str
@@ -116,6 +117,7 @@ class ModelSpec:
     mlp_alone: bool = True
     max_positions: int | None = None
     download_bytes: int | None = None
+    embedding_on_host: bool = False
 
     @property
     def tied(self) -> bool:

@@ -16,13 +16,13 @@ from nbqlora.core.errors import ConfigError, DoesNotFitError
 from nbqlora.core.plan import Decision, Plan
 from nbqlora.core.specs import DataStats, DeviceSpec, ModelSpec
 from nbqlora.planner import cards as several
-from nbqlora.planner import explain, saving, shards, split, told
+from nbqlora.planner import embedding, explain, saving, shards, split, told
 from nbqlora.planner.advice import does_not_fit, least_of
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.cards import Cards
-from nbqlora.planner.limits import Limits, limits_of, usable_bytes
+from nbqlora.planner.limits import Limits, usable_bytes
 from nbqlora.planner.more_cards import Misfit
-from nbqlora.planner.search import candidates, step_rows
+from nbqlora.planner.search import candidates, longest_row, step_rows
 from nbqlora.planner.standing import choose_dtype, quantized
 
 Notes = tuple[str, ...]
@@ -61,11 +61,6 @@ class _Asked:
         """Of the arithmetic."""
         return choose_dtype(self.config.dtype, self.device)
 
-    @property
-    def limits(self) -> Limits:
-        """What one card's process may take."""
-        return limits_of(self.config, self.machine)
-
     def on(self, cards: Cards) -> _Asked:
         """The same on other cards. Raises :class:`ConfigError`: what is pinned does not make the batch on those."""
         return replace(self, config=replace(self.config, gpus=cards.n), cards=cards)
@@ -77,11 +72,15 @@ class _Chosen:
 
     Args:
         config: with ``fsdp`` decided.
+        model: with its embedding's place decided.
+        limits: what was left for tensors and inputs.
         ranked: the ways to run that were looked at, the best first.
         best: the one that is taken.
     """
 
     config: FinetuneConfig
+    model: ModelSpec
+    limits: Limits
     ranked: list[Candidate]
     best: Candidate
 
@@ -90,16 +89,17 @@ def _choose(asked: _Asked) -> _Chosen | None:
     """The best way to run; None where none fits.
 
     Weights are split over cards only where nothing else fits or ``fsdp`` says so; so do inputs go to the host, with
-    ``ram_gib``: how fast a card's copies are is a guess.
+    ``ram_gib``: how fast a card's copies are is a guess. Before weights are split, the embedding goes there.
     """
-    limits, machine, dtype = asked.limits, asked.machine, asked.dtype
-    tried = [limits] if asked.config.ram_gib is not None else [replace(limits, host_bytes=0), limits]
+    machine, dtype = asked.machine, asked.dtype
     for config in split.ways(asked.config, asked.model):
-        for within in tried:
-            ranked = candidates(config, asked.model, machine, asked.data, dtype, within)
-            best = next((x for x in ranked if within.fit(x)), None)
-            if best is not None:
-                return _Chosen(config=config, ranked=ranked, best=best)
+        for model, limits in embedding.ways(config, asked.model, machine, dtype, longest_row(config, asked.data)):
+            tried = [limits] if config.ram_gib is not None else [replace(limits, host_bytes=0), limits]
+            for within in tried:
+                ranked = candidates(config, model, machine, asked.data, dtype, within)
+                best = next((x for x in ranked if within.fit(x)), None)
+                if best is not None:
+                    return _Chosen(config=config, model=model, limits=limits, ranked=ranked, best=best)
     return None
 
 
@@ -130,22 +130,35 @@ def make_plan(
     asked = _Asked(config=config, model=model, device=device, data=data, cards=cards)
     chosen = _choose(asked)
     if chosen is None:
-        why = does_not_fit(config, model, asked.machine, data, asked.dtype, asked.limits)
-        more = Misfit(config=config, model=model, device=device, data=data, dtype=asked.dtype).lines()
+        leanest, limits = _leanest_way(asked)
+        why = does_not_fit(config, leanest, asked.machine, data, asked.dtype, limits)
+        more = Misfit(config=config, model=leanest, device=device, data=data, dtype=asked.dtype).lines()
         raise DoesNotFitError("\n".join([why, *(f"  {line}" for line in more)]))
     plan = _planned(asked, chosen, output_dir, notes)
-    return replace(plan, decisions=(*_about_cards(asked, chosen, plan), *plan.decisions))
+    told_first = _about_cards(asked, chosen, plan)
+    if plan.offload_embedding:
+        told_first.append(embedding.decision(model, plan.dtype))
+    return replace(plan, decisions=(*told_first, *plan.decisions))
+
+
+def _leanest_way(asked: _Asked) -> tuple[ModelSpec, Limits]:
+    """Where nothing fits: the first that the card has room for, as the host is short; else what takes the least."""
+    config, model, machine, dtype = asked.config, asked.model, asked.machine, asked.dtype
+    ways = [*embedding.ways(config, model, machine, dtype, longest_row(config, asked.data))]
+    least = [least_of(config, way, machine, asked.data, dtype).budget.total_bytes for way, _ in ways]
+    room = next((n for n, (_, limits) in enumerate(ways) if least[n] <= limits.device_bytes), None)
+    return ways[least.index(min(least)) if room is None else room]
 
 
 def _planned(asked: _Asked, chosen: _Chosen, output_dir: str, notes: Notes) -> Plan:
     """What was chosen, with its reasons; the cards' are not among them yet."""
-    config, model, device, data, dtype = chosen.config, asked.model, asked.device, asked.data, asked.dtype
-    best, cards, limits, of_step = chosen.best, asked.cards, asked.limits, step_rows(chosen.config, asked.data)
+    config, model, device, data, dtype = chosen.config, chosen.model, asked.device, asked.data, asked.dtype
+    best, cards, limits, of_step = chosen.best, asked.cards, chosen.limits, step_rows(chosen.config, asked.data)
     steps, send = total_steps(config, data.n_sequences, of_step), several.sent(config, model, device, cards)
     needs, n_shards = saving.saving_needs(config, model, on_card=device.kind == "cuda"), shards.shards_of(config)
     known = [*notes, *told.notes(config, model, device, data, dtype, steps), *split.notes(config, model, device)]
     return Plan(
-        model=model,
+        model=asked.model,
         device=device,
         data=data,
         dtype=dtype,
@@ -168,6 +181,7 @@ def _planned(asked: _Asked, chosen: _Chosen, output_dir: str, notes: Notes) -> P
         sent_bytes=send.n_bytes,
         gathered_bytes=shards.step_bytes(model, n_shards, best.accumulation),
         mlp_tile_tokens=best.mix.tile_tokens,
+        offload_embedding=model.embedding_on_host,
         host_bytes=best.host_bytes,
         saving=needs,
         decisions=explain.decisions(config, model, asked.machine, data, dtype, chosen.ranked, best, limits),

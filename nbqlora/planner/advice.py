@@ -11,11 +11,12 @@ from typing import Any
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.specs import DataStats, DeviceSpec, MemoryCategory, ModelSpec
 from nbqlora.core.units import GIB, format_bytes
-from nbqlora.planner.batch import MicroBatch
+from nbqlora.planner.batch import CAPTURED_TOKENS, MicroBatch
 from nbqlora.planner.candidate import Candidate
+from nbqlora.planner.embedding import limits_for
 from nbqlora.planner.estimate import memory_of
 from nbqlora.planner.lean import leanest
-from nbqlora.planner.limits import Limits, limits_of, usable_bytes
+from nbqlora.planner.limits import Limits, usable_bytes
 from nbqlora.planner.mix import Mix
 from nbqlora.planner.reasons import in_words
 from nbqlora.planner.search import candidates, longest_row
@@ -55,7 +56,7 @@ def _split(config: FinetuneConfig, model: ModelSpec) -> str:
 
 def least_of(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, data: DataStats, dtype: str) -> Candidate:
     """What takes the least of the card; of what is pinned, whatever it takes of the host."""
-    nothing = replace(limits_of(config, device), device_bytes=0)
+    nothing = replace(limits_for(config, model, device, dtype), device_bytes=0)
     found = [x for way in ways(config, model) for x in candidates(way, model, device, data, dtype, nothing)]
     return min(found, key=lambda x: x.budget.total_bytes)
 
@@ -66,7 +67,7 @@ def _smallest_change(
     free = config
     for words, free in _unpinned(config, model):
         least = least_of(free, model, device, data, dtype)
-        if replace(limits_of(free, device), device_bytes=limit).fit(least):
+        if replace(limits_for(free, model, device, dtype), device_bytes=limit).fit(least):
             return f"it fits when you {words}"
     free = replace(free, ram_gib=config.ram_gib)
     tokens, mix = longest_that_fits(free, model, device, data, dtype, limit)
@@ -122,9 +123,14 @@ def longest_that_fits(
     Args:
         limit: bytes of the device that a run may take.
     """
-    limits, config = limits_of(config, device), ways(config, model)[-1]
+    config, row = ways(config, model)[-1], longest_row(config, data)
+    spans = [(model, range(LENGTH_STEP, row, LENGTH_STEP))]
+    if model.embedding_on_host:  # it is on the card for shorter rows, and may be for longer ones
+        on_card = replace(model, embedding_on_host=False)
+        spans = [(on_card, spans[0][1]), (model, range(CAPTURED_TOKENS + LENGTH_STEP, row, LENGTH_STEP))]
 
-    def least(n: int) -> tuple[int, Mix]:
+    def least(n: int, model: ModelSpec) -> tuple[int, Mix]:
+        limits = limits_for(config, model, device, dtype)
         # Of a full pack; a row is one whatever is said here.
         documents = math.ceil(n * data.n_rows / max(1, data.n_tokens))
         batch = MicroBatch(
@@ -139,6 +145,9 @@ def longest_that_fits(
         mix = leanest(memory, model.n_layers, limits)
         return memory.total_bytes(mix), mix
 
-    lengths = range(LENGTH_STEP, longest_row(config, data), LENGTH_STEP)
-    found = bisect_right(lengths, limit, key=lambda n: least(n)[0])
-    return (lengths[found - 1], least(lengths[found - 1])[1]) if found else (0, Mix())
+    longest = 0, Mix()
+    for way, lengths in spans:
+        found = bisect_right(lengths, limit, key=lambda n: least(n, way)[0])
+        if found and lengths[found - 1] > longest[0]:
+            longest = lengths[found - 1], least(lengths[found - 1], way)[1]
+    return longest

@@ -71,6 +71,8 @@ def not_captured_because(
         return "not every layer is a fused one"
     if shards > 1:
         return NOT_CAPTURED
+    if model.embedding_on_host:
+        return "the embedding is looked up in host memory"
     if choose_kernel(family, device, dtype, model.head_dim, dense=False)[0] not in CAPTURED:
         return "its attention is computed document by document"
     if row_tokens > CAPTURED_TOKENS:

@@ -73,14 +73,16 @@ def fused_pace(
     mlp = layer.seconds(products=2 * d * f, attention=0, moved=3 * d) + gap / 8
     once = layer.seconds(products=whole, attention=2, moved=17 * d + 3 * f) + gap / 3
     n, tokens = load.accumulation, load.tokens
+    copied = tokens * d * DTYPE_BYTES[dtype] / copy_rate(device)
+    looked_up = copied if model.embedding_on_host else 0.0
     return Pace(
-        kept=n * (model.n_layers * kept + layer.head_seconds()),
+        kept=n * (model.n_layers * kept + layer.head_seconds() + looked_up),
         layer=n * kept,
         recomputed=n * again,
         recomputed_mlp=n * mlp,
         forward=n * once,
         tile=n * (layer.unpack_seconds(8 * d * f) + gap / 8),
-        copy=n * tokens * d * DTYPE_BYTES[dtype] / copy_rate(device),
+        copy=n * copied,
         tokens=tokens,
         accumulation=n,
         host=(host * model.n_layers, host / 3),

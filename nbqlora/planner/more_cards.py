@@ -13,6 +13,7 @@ from nbqlora.core.units import format_bytes
 from nbqlora.planner.advice import least_of, longest_that_fits
 from nbqlora.planner.candidate import Candidate
 from nbqlora.planner.cards import Cards, shared
+from nbqlora.planner.embedding import limits_for
 from nbqlora.planner.limits import limits_of
 from nbqlora.planner.shards import shards_of
 from nbqlora.planner.split import WHOLE, not_split_because, ways
@@ -91,7 +92,8 @@ class Misfit:
             config = replace(config or self.config, gpus=n)
         except ConfigError:  # what was asked for does not make the batch on so many
             return False
-        limits = limits_of(config, shared(self.device, Cards(per_node=n)))
+        machine = shared(self.device, Cards(per_node=n))
+        limits = limits_for(config, self.model, machine, self.dtype)
         return limits.fit(self._least(config, n))
 
     def _least(self, config: FinetuneConfig, n: int) -> Candidate:

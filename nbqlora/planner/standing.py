@@ -52,8 +52,9 @@ def weight_bytes(model: ModelSpec, config: FinetuneConfig, c: int) -> int:
     if not quantized(model, config):
         return model.n_params * c
     n = shards.shards_of(config)
+    on_host = model.vocab_size * model.d_model * c if model.embedding_on_host else 0
     whole = int(model.n_linear_params * NF4_BYTES) + (model.n_params - model.n_linear_params) * c
-    return whole - shards.spared_bytes(model, n) + shards.gathered_bytes(model, n)
+    return whole - on_host - shards.spared_bytes(model, n) + shards.gathered_bytes(model, n)
 
 
 def standing_bytes(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, c: int) -> dict[MemoryCategory, int]:

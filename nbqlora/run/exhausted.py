@@ -37,7 +37,8 @@ def with_what_fits(
 def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, room: int) -> str:
     had = f"in the {format_bytes(room)} that this run could have"
     as_planned = replace(config, gpus=plan.n_cards, fsdp=plan.shards > 1)
-    found, _ = longest_that_fits(as_planned, plan.model, plan.device, plan.data, plan.dtype, room)
+    model = replace(plan.model, embedding_on_host=plan.offload_embedding)
+    found, _ = longest_that_fits(as_planned, model, plan.device, plan.data, plan.dtype, room)
     if error.tokens:  # the plan is wrong about these, so it is not asked about as many
         found = min(found, (error.tokens - 1) // LENGTH_STEP * LENGTH_STEP)
     if found:

@@ -27,7 +27,7 @@ from nbqlora.run.tables import table_fields
 # As many as make a run of a few dozen steps: what is said of the number of rows is not about these.
 ASSUMED_ROWS = 1024
 # Of a plan's decisions, those that say how it would run.
-SHOWN = ("weights", "batch", "layers", "MLP", "host RAM", "memory")
+SHOWN = ("weights", "batch", "layers", "MLP", "embedding", "host RAM", "memory")
 
 
 def fit(request: CellRequest, device: DeviceSpec | None = None) -> FitReport:

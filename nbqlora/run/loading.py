@@ -10,6 +10,7 @@ from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.request import CellRequest
 from nbqlora.core.specs import DataStats
 from nbqlora.engine.head import choose_loss
+from nbqlora.engine.host_embedding import embedding_is_on_host, embedding_to_host
 from nbqlora.engine.loaded import LoadedModel, autocast
 from nbqlora.engine.optimize import optimize
 from nbqlora.engine.quiet import quiet_libraries
@@ -29,6 +30,8 @@ def prepare(loaded: LoadedModel, plan: Plan) -> tuple[Replacement, ...]:
     """
     loaded.release()
     fused = optimize(loaded.model, plan)
+    if plan.offload_embedding and not embedding_is_on_host(loaded.model):
+        fused = (*fused, embedding_to_host(loaded.model))
     loss, chosen = choose_loss(
         loaded.model, plan.model.head, plan.loss_chunk_tokens, loaded.device, autocast(loaded), loaded.dtype
     )
