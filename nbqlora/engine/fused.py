@@ -24,6 +24,7 @@ from nbqlora.engine.last_norm import norm_forward
 from nbqlora.engine.layer import Call, Layer, Norm
 from nbqlora.engine.layer_backward import layer_backward
 from nbqlora.engine.layer_forward import layer_forward
+from nbqlora.engine.sharded import ShardedWeights
 
 # Where a model keeps its engine: an attribute of the instance, no submodule.
 ATTRIBUTE = "_nbqlora_engine"
@@ -35,7 +36,7 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, layer: Layer, call: Call, *parameters: torch.Tensor) -> torch.Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with layer.opened(), torch.autocast(hidden.device.type, enabled=False):
             send_input(layer, x)
             out, kept = layer_forward(layer, x, call)
             ctx.stored = store_input(layer, call, kept, need_input=ctx.needs_input_grad[0])
@@ -51,7 +52,7 @@ class _FusedLayer(torch.autograd.Function):
         if adapters is not None and not adapters.has_gradients(ctx.layer.parameters):
             adapters.begin_gradients()
         flat = gradient.flatten(0, 1)
-        with torch.autocast(flat.device.type, enabled=False):
+        with ctx.layer.opened(), torch.autocast(flat.device.type, enabled=False):
             ctx.stored.find(kept)
             found = layer_backward(ctx.layer, flat, kept, ctx.call, need_input=ctx.needs_input_grad[0])
         input_gradient = None if found is None else found.view(gradient.shape)
@@ -66,6 +67,7 @@ class Engine:
         layers: fused layers by path.
         modules: the decoder layers by path, all of them.
         last_norm: the decoder's, where it is one that we have.
+        shards: the layers' weights, where they are split over cards.
     """
 
     def __init__(
@@ -76,13 +78,14 @@ class Engine:
         scratch: Scratch,
         dtype: torch.dtype,
         last_norm: Norm | None = None,
+        shards: ShardedWeights | None = None,
     ) -> None:
         self.decoder, self.layers, self.modules, self.scratch, self.dtype = decoder, layers, modules, scratch, dtype
         self.given: Documents | None = None
         self._now: Documents | None = None
         self._flat: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kinds: dict[tuple[Any, ...], tuple[AttentionKind, str]] = {}
-        self.last_norm = last_norm
+        self.last_norm, self.shards = last_norm, shards
         self.leaves_last_norm = False
         self._own_forwards: dict[Any, Any] = {}
         self._hooks: list[Any] = []
@@ -182,6 +185,8 @@ class Engine:
         if ids is None or not self._fuses(kwargs):
             return None
         self._now = self.given or documents_of(ids, kwargs)
+        if self.shards is not None:
+            self.shards.begin_pass(trains=torch.is_grad_enabled())
         adapters = self.scratch.adapters
         if adapters is not None:
             adapters.refresh()
@@ -238,7 +243,7 @@ def _forward_of(engine: Engine, module: Any, layer: Layer) -> Any:
         if torch.is_grad_enabled():
             out: torch.Tensor = _FusedLayer.apply(hidden, layer, call, *layer.parameters)
         else:
-            with torch.autocast(hidden.device.type, enabled=False):
+            with layer.opened(), torch.autocast(hidden.device.type, enabled=False):
                 out = layer_forward(layer, hidden.reshape(-1, hidden.shape[-1]), call)[0].view(hidden.shape)
         return out.to(hidden_states.dtype)
 

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from nbqlora.engine.loaded import LoadedModel, autocast
 from nbqlora.engine.quiet import quiet_libraries
+from nbqlora.engine.sharded import check_whole
 
 # Unpacked weights may take this share of the RAM that is free.
 UNPACK_SHARE = 0.5
@@ -64,8 +65,12 @@ def talking(loaded: LoadedModel, *, use_adapter: bool, free_ram_bytes: int) -> I
 
     Args:
         use_adapter, free_ram_bytes: as in :func:`generate`.
+
+    Raises:
+        ModelError: its weights are split over cards.
     """
     model = loaded.model
+    check_whole(model)
     training = model.training
     model.eval()
     try:

@@ -6,6 +6,8 @@ two functions that work on them, ``match`` reads them off transformers' modules.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +87,7 @@ class Layer:
         policy: what the forward keeps for the backward.
         slot: of the host memory, where the policy is to offload.
         joined_by_next: the next layer's input is computed again from this one's.
+        opened: within it the frozen weights are there; they always are, unless they are split over cards.
     """
 
     qkv: Group
@@ -104,6 +107,7 @@ class Layer:
     policy: LayerPolicy = field(default=LayerPolicy.KEEP)
     slot: int = 0
     joined_by_next: bool = False
+    opened: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:

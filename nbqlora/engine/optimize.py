@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
+from nbqlora.core.errors import ModelError
 from nbqlora.core.plan import Plan, Replacement
 from nbqlora.core.specs import LayerPolicy
 from nbqlora.engine.adapters import FlatAdapters
@@ -24,6 +27,7 @@ from nbqlora.engine.layer import Layer
 from nbqlora.engine.layer_probe import differs
 from nbqlora.engine.match import read_last_norm, read_layer
 from nbqlora.engine.projection import NotMatchedError
+from nbqlora.engine.sharded import ShardedWeights, shards_of
 from nbqlora.memory.arena import DequantArena
 
 OLD = "transformers' layer, PEFT's linears"
@@ -39,9 +43,15 @@ def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
 
     Returns:
         What was replaced, and what was looked at and left, with the reason.
+
+    Raises:
+        ModelError: the weights are split over cards, and a layer cannot be replaced: nothing else gathers them.
     """
     restore(model)
     engine, made = _engine(model)
+    if shards_of(model) is not None and (engine is None or not engine.complete):
+        left = next(f"{one.path}: {one.because}" for one in made if not one.new)
+        raise ModelError(f"weights can be split over cards where every layer is a fused one ({left}); set fsdp = false")
     if engine is not None:
         _base(model).__dict__[ATTRIBUTE] = engine
         engine.install()
@@ -49,7 +59,13 @@ def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
 
 
 def apply_plan(model: Any, plan: Plan) -> tuple[Replacement, ...]:
-    """Set each layer's policy and the MLPs' tiles as the plan says, in place of what was set before."""
+    """Set each layer's policy and the MLPs' tiles as the plan says, in place of what was set before.
+
+    Raises:
+        ModelError: the weights are split over cards, and a layer is to join: its backward would need two layers'.
+    """
+    if shards_of(model) is not None and LayerPolicy.JOIN in plan.layer_policies:
+        raise ModelError("layers whose weights are split over cards cannot join: plan recompute or offload for them")
     n = sum(policy is LayerPolicy.OFFLOAD for policy in plan.layer_policies)
     slot_bytes = plan.host_bytes // n if n else 0
     tile = plan.mlp_tile_tokens
@@ -84,10 +100,15 @@ def _engine(model: Any) -> tuple[Engine | None, tuple[Replacement, ...]]:
     dtype = _dtype(first)
     scratch = Scratch(DequantArena(device, 0))
     layers, reasons = _read(modules, decoder.config, scratch)
+    shards = shards_of(model)
+    if shards is not None:
+        _attach(shards, layers, modules)
     if layers:
         scratch.arena = DequantArena(device, max(_scratch_bytes(x, dtype) for x in layers.values()))
         scratch.adapters = _adapters(layers, dtype)
-        reasons |= _tried(layers, modules, decoder, dtype)
+        reasons |= _tried(layers, modules, decoder, dtype, shards)
+    if shards is not None:
+        shards.trains_from = _trains_from(base, layers)
     made = _told(layers, reasons)
     if not layers:
         if scratch.adapters is not None:
@@ -95,7 +116,7 @@ def _engine(model: Any) -> tuple[Engine | None, tuple[Replacement, ...]]:
         return None, made
     last = read_last_norm(decoder)
     last = last if last is not None and not norm_differs(decoder.norm, last) else None
-    return Engine(decoder, layers, modules, scratch, dtype, last), made
+    return Engine(decoder, layers, modules, scratch, dtype, last, shards), made
 
 
 def _dtype(layer: Any) -> torch.dtype:
@@ -128,14 +149,37 @@ def _adapters(layers: Mapping[str, Layer], dtype: torch.dtype) -> FlatAdapters |
     return FlatAdapters(parameters, beside, dtype) if parameters else None
 
 
-def _tried(layers: dict[str, Layer], modules: Mapping[str, Any], decoder: Any, dtype: torch.dtype) -> dict[str, str]:
+def _attach(shards: ShardedWeights, layers: Mapping[str, Layer], modules: Mapping[str, Any]) -> None:
+    """From here on a fused layer's weights are there while it is open."""
+    for place, path in enumerate(modules):
+        if path in layers:
+            shards.layers[place].attach(layers[path])
+            layers[path].opened = partial(shards.opened, place)
+
+
+def _trains_from(base: Any, layers: Mapping[str, Layer]) -> int:
+    """The first layer whose backward runs."""
+    if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+        return 0
+    return next((place for place, layer in enumerate(layers.values()) if layer.parameters), len(layers))
+
+
+def _tried(
+    layers: dict[str, Layer],
+    modules: Mapping[str, Any],
+    decoder: Any,
+    dtype: torch.dtype,
+    shards: ShardedWeights | None,
+) -> dict[str, str]:
     """Drop the kinds of layers that do not compute what transformers' own compute; with the reasons."""
     verdicts: dict[tuple[Any, ...], str] = {}
     reasons = {}
     for path in list(layers):
         kind = _kind(layers[path], modules[path])
         if kind not in verdicts:
-            verdicts[kind] = differs(layers[path], modules[path], decoder, dtype)
+            place = list(modules).index(path)
+            with nullcontext() if shards is None else shards.alone(place):
+                verdicts[kind] = differs(layers[path], modules[path], decoder, dtype)
         if verdicts[kind]:
             reasons[path] = verdicts[kind]
             del layers[path]

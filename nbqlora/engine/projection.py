@@ -153,7 +153,12 @@ def unpack(weight: Nf4, out: torch.Tensor, *, extra: torch.Tensor | None = None,
     """Write an NF4 weight into ``out [n_out, n_in + width]``; see :func:`dequantize_nf4`.
 
     On a CPU bitsandbytes' own operator does it: it is compiled, the reference is not.
+
+    Raises:
+        RuntimeError: the weight is split over cards, and was not gathered: a kernel would read what lies at address 0.
     """
+    if weight.packed.numel() == 0:
+        raise RuntimeError(f"a weight of {weight.n_rows} x {weight.n_cols} is used while it is not there")
     if out.is_cuda:
         dequantize_nf4(weight, out, extra=extra, extra_at=extra_at)
         return

@@ -4,12 +4,16 @@ NF4 with double quantization stores 0.516 bytes a parameter. ``prepare_model_for
 called: it would make fp32 copies of embeddings and head (1 GiB for 128k x 4096). LoRA stays in fp32; mixed
 precision comes from autocast, so that fp16 cards train without underflow in the optimizer.
 
+Where the plan splits the weights over cards, the base is loaded onto the host and dealt out from there
+(:mod:`nbqlora.hub.load_sharded`). A model that only talks is whole.
+
 Weights are read from safetensors only: a base or an adapter that has nothing but a pickle is refused by name, before
 a library that would open it is called.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from nbqlora.engine.surgery import keep_linears_trainable
 from nbqlora.hub.adapter import check_adapter
 from nbqlora.hub.atomic import recover_folder
 from nbqlora.hub.formats import check_formats
+from nbqlora.hub.load_sharded import QUANT_TYPE, check_can_split, to_cards
 from nbqlora.hub.manifest import WEIGHTS
 from nbqlora.hub.stored import read_header
 
@@ -39,9 +44,12 @@ def load(config: FinetuneConfig, plan: Plan, location: str, tokenizer: Any) -> L
         location: the folder or hub id that ``hub.inspect.locate`` gave.
 
     Raises:
-        ModelError: the files cannot be read, or LoRA cannot be put on this model.
+        ModelError: the files cannot be read, or LoRA cannot be put on this model, or its weights cannot be split over
+            cards as the plan says.
     """
-    model = _base(plan, location, config.trust_remote_code)
+    if plan.shards > 1:
+        check_can_split(plan)
+    model = _base(plan, location, config.trust_remote_code, split=plan.shards > 1)
     torch.manual_seed(config.seed)
     model = _with_adapters(model, config)
     return _loaded(model, plan, tokenizer)
@@ -96,20 +104,22 @@ def _loaded(model: Any, plan: Plan, tokenizer: Any) -> LoadedModel:
     )
 
 
-def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
+def _base(plan: Plan, location: str, trust_remote_code: bool, *, split: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[plan.dtype]
     # A checkpoint that is stored in 4 bits brings its own settings; even None would override them.
     quantize = plan.load_in_4bit and not plan.model.quantized
     check_formats(plan.model.name, location)
-    settings: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantize else {}
+    settings: dict[str, Any] = {"quantization_config": _nf4(dtype, leave_all=split)} if quantize else {}
+    # As the files have it, what is on the host stays a map of them.
+    in_dtype, device = ("auto", torch.device("cpu")) if split else (dtype, device_of(plan))
     try:
         with quiet_libraries(progress_bars=not Path(location).is_dir()):
             model = AutoModelForCausalLM.from_pretrained(
                 location,
-                device_map={"": device_of(plan)},
-                dtype=dtype,
+                device_map={"": device},
+                dtype=in_dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 **settings,
@@ -118,9 +128,27 @@ def _base(plan: Plan, location: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"a file of {plan.model.name} is damaged ({error}); {_again(location)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {plan.model.name}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        if said := _short_of_memory(error):
+            raise torch.OutOfMemoryError(said) from None
+        raise
+    if split:
+        to_cards(model, device_of(plan), dtype)
     _set_compute_dtype(model, dtype)
     model.config.use_cache = False
     return model
+
+
+def _short_of_memory(error: RuntimeError) -> str:
+    """What the card said, where transformers noted it among a weight's errors and raises another behind them; or ""."""
+    at = error.__traceback__
+    while at is not None:
+        noted = getattr(at.tb_frame.f_locals.get("loading_info"), "conversion_errors", {})
+        for text in noted.values():
+            if found := re.search(r"CUDA out of memory[^\n]*", text):
+                return found[0]
+        at = at.tb_next
+    return ""
 
 
 def _again(location: str) -> str:
@@ -130,11 +158,16 @@ def _again(location: str) -> str:
     return f"remove its copy from the hub's cache, {constants.HF_HUB_CACHE}, and it is downloaded again"
 
 
-def _nf4(dtype: torch.dtype) -> Any:
+def _nf4(dtype: torch.dtype, *, leave_all: bool) -> Any:
+    """How linears are quantized on loading; ``leave_all`` leaves them to :func:`to_cards`, layer by layer."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type=QUANT_TYPE,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model", "lm_head"] if leave_all else None,
     )
 
 

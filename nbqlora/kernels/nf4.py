@@ -30,12 +30,13 @@ TILE: dict[str, Any] = {"LOOKUP": "global", "BLOCK": 512, "CHUNKS": 1, "num_warp
 BESIDE = 2048
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Nf4:
     """A weight as bitsandbytes stores it: views of its tensors, nothing more.
 
     Args:
-        packed: ``[n_rows * n_cols / 2]`` uint8, a view of the parameter.
+        packed: ``[n_rows * n_cols / 2]`` uint8, a view of the parameter; empty, and set again, where the weight is not
+            always there.
         absmax: an entry a block, fp32, or uint8 if quantized again.
         code: ``[16]`` fp32.
         n_rows: outputs of the linear.
@@ -69,7 +70,7 @@ class Nf4:
         found = {
             f"n_cols {self.n_cols} is odd": self.n_cols % 2 != 0,
             f"packed is {self.packed.dtype} {tuple(self.packed.shape)}, not uint8 [{n // 2}]": (
-                self.packed.dtype != torch.uint8 or self.packed.shape != (n // 2,)
+                self.packed.dtype != torch.uint8 or self.packed.shape not in ((n // 2,), (0,))
             ),
             f"absmax is {self.absmax.dtype} {tuple(self.absmax.shape)}, not {expected} [{n_blocks}]": (
                 self.absmax.dtype != expected or self.absmax.shape != (n_blocks,)

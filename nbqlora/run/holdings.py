@@ -9,6 +9,7 @@ import torch
 from nbqlora.core.specs import DeviceSpec, MemoryCategory
 from nbqlora.engine.fused import engine_of
 from nbqlora.engine.loaded import LoadedModel
+from nbqlora.engine.sharded import shards_of
 from nbqlora.memory.profile import Profile
 from nbqlora.memory.tensors import storage_bytes, with_quantization
 
@@ -37,11 +38,13 @@ def holdings(loaded: LoadedModel, optimizer: Any = None) -> dict[MemoryCategory,
     # First come, first counted: what trains before the rest, which holds it too.
     adapter = storage_bytes([*trained, *copies], kind, seen)
     gradient = flat.gradient if flat is not None else None
+    shards = shards_of(loaded.model)
+    weights = [*loaded.model.buffers(), *(x.share for x in (shards.layers if shards is not None else ()))]
     return {
         m.ADAPTER: adapter,
         m.GRADIENTS: storage_bytes([gradient, *(p.grad for p in trained)], kind, seen),
         m.OPTIMIZER: storage_bytes(_states(optimizer), kind, seen),
-        m.WEIGHTS: storage_bytes([*with_quantization(loaded.model.parameters()), *loaded.model.buffers()], kind, seen),
+        m.WEIGHTS: storage_bytes([*with_quantization(loaded.model.parameters()), *weights], kind, seen),
         m.DEQUANT: engine.scratch.arena.held_bytes if engine is not None else 0,
     }
 

@@ -104,16 +104,21 @@ class Job:
     def _load(self) -> None:
         plan = self.plan
         self._journal.phase("load", f"{plan.model.name} in {'NF4' if plan.load_in_4bit else plan.dtype}")
-        self.session.loaded = load(self._config, plan, self._seen.location, self._seen.tokenizer)
+        # Where they gather from each other while they prepare, none may be missing that could not load.
+        self._ranks.all_well(self._read)
+        self._prepare()
+        if plan.data.layout is not BatchLayout.PADDED:
+            self._check_layout(probe_loaded(self._loaded(), self._seen.train.dataset[:FEW_ROWS]["input_ids"]))
+        # What loading took for a moment would stand in the process's peak: 0.4 GiB of the demo's 1.4 after loading.
+        free_pages()
+
+    def _read(self) -> None:
+        """The model, and the adapter of a checkpoint."""
+        self.session.loaded = load(self._config, self.plan, self._seen.location, self._seen.tokenizer)
         if self._checkpoint is not None:
             self._checkpoint = self._copies.back(self._checkpoint)
             load_adapter_weights(self.session.loaded.model, self._checkpoint.folder)
             self._journal.note(resumed(self._checkpoint))
-        self._prepare()
-        if plan.data.layout is not BatchLayout.PADDED:
-            self._check_layout(probe_loaded(self.session.loaded, self._seen.train.dataset[:FEW_ROWS]["input_ids"]))
-        # What loading took for a moment would stand in the process's peak: 0.4 GiB of the demo's 1.4 after loading.
-        free_pages()
 
     def _prepare(self) -> None:
         """Fused layers, the loss, and what stands on the model, listed."""

@@ -11,6 +11,10 @@ micro-batch has added nothing: only that one runs again.
 An optimizer's step must not stop half way, so what it allocates is made before: its states before step 1, and, for the
 one that needs temporary tensors, those just before the step, to lie in the allocator's cache. What then still fails
 fails before the step began.
+
+Where layers' weights are split over cards, ranks gather them from each other inside a micro-batch. So whatever became
+of an attempt here, behind it the rank took part in as many forwards and backwards as the others: their gathers wait for
+it. They also run the same micro-batches again, all of the step.
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ import torch
 from nbqlora.core.errors import MemoryExhaustedError
 from nbqlora.engine.head import IGNORED
 from nbqlora.engine.loaded import LoadedModel
+from nbqlora.engine.sharded import shards_of
 from nbqlora.train.batch import MicroBatch
 from nbqlora.train.ladder import Ladder
-from nbqlora.train.oom import EVAL, FORWARD, OPTIMIZER, Shortage, attempt
+from nbqlora.train.oom import EVAL, FORWARD, OPTIMIZER, Shortage, attempt, give_back
 from nbqlora.train.ranks import Ranks
-from nbqlora.train.split import Batch, Collate, in_parts, learned
+from nbqlora.train.split import Batch, Collate, count_parts, in_parts, learned
 
 CUT_IN_TWO = "memory ran out in the middle of the optimizer's step, which cannot be taken back"
 T = TypeVar("T")
@@ -86,7 +91,8 @@ class Enduring:
             work = partial(self._in_parts, batch, collate, place)
             if tried:
                 work = partial(self._again, batch, done if again else None, collate, place)
-            found = attempt(work, self._device)
+            of = [one.inputs for one in (*(done if again else ()), batch)]
+            found = self._attempt(work, of, self._ladder.footing.part_tokens)
             mine = None
             if isinstance(found, Shortage):
                 mine = place.of(found).at(capturing=self._loaded.micro_step().broke_off_capture)
@@ -97,7 +103,7 @@ class Enduring:
                 self._ladder.passed()
                 return tried
             # Where only another rank failed, this one's gradients are complete, and once too many.
-            again = again or mine is None or mine.phase != FORWARD or not place.clean
+            again = again or self._splits or mine is None or mine.phase != FORWARD or not place.clean
             self._ladder.climb_down(short, tried=tried)
             tried += 1
 
@@ -110,7 +116,8 @@ class Enduring:
         tried = 0
         while True:
             place = _Place()
-            found = attempt(partial(self._evaluated, batch, run, collate, place), self._device, phase=EVAL)
+            work, limit = partial(self._evaluated, batch, run, collate, place), self._ladder.footing.eval_part_tokens
+            found = self._attempt(work, [batch], limit, phase=EVAL)
             short = self._ranks.agree(place.of(found) if isinstance(found, Shortage) else None)
             if short is None:
                 assert not isinstance(found, Shortage)
@@ -146,6 +153,30 @@ class Enduring:
     @property
     def _device(self) -> torch.device:
         return self._loaded.device
+
+    @property
+    def _splits(self) -> bool:
+        """Whether ranks gather weights from each other inside a micro-batch."""
+        return shards_of(self._loaded.model) is not None
+
+    def _attempt(
+        self, work: Callable[[], T], batches: Sequence[Batch], part_tokens: int, *, phase: str = ""
+    ) -> T | Shortage:
+        """As :func:`attempt`; behind it this rank took part in all that the others gather.
+
+        Args:
+            batches: that the work runs, each in parts of so many tokens.
+        """
+        shards = shards_of(self._loaded.model)
+        if shards is None:
+            return attempt(work, self._device, phase=phase)
+        passes = shards.passes + self._ranks.most(sum(count_parts(batch, part_tokens) for batch in batches))
+        found = attempt(work, self._device, phase=phase)
+        catch_up = partial(shards.catch_up, passes, trains=phase != EVAL)
+        if isinstance(attempt(catch_up, self._device, phase=phase), Shortage):
+            give_back(self._device)
+            catch_up()
+        return found
 
     def _again(
         self, batch: MicroBatch, done: Sequence[MicroBatch] | None, collate: Collate, place: _Place

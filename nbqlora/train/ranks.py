@@ -81,6 +81,10 @@ class Ranks:
         """Whether it is so on any rank."""
         return bool(self._largest([here, 0, 0, 0, 0, 0, 0])[0]) if self._together else here
 
+    def most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        return self._largest([number, 0, 0, 0, 0, 0, 0])[0] if self._together else number
+
     def total(self, *numbers: float) -> tuple[float, ...]:
         """The sum of each over all ranks, fp64."""
         if not self._together:

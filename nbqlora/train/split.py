@@ -29,6 +29,13 @@ def in_parts(batch: Batch, most_tokens: int, collate: Collate) -> list[Batch]:
     return [collate(part) for part in _groups(learned(batch), most_tokens, padded=_is_padded(batch))] or [batch]
 
 
+def count_parts(batch: Batch, most_tokens: int) -> int:
+    """How many :func:`in_parts` makes."""
+    if not most_tokens or batch["input_ids"].numel() <= most_tokens:
+        return 1
+    return len(_groups(learned(batch), most_tokens, padded=_is_padded(batch))) or 1
+
+
 def learned(batch: Batch) -> list[Example]:
     """The documents that count for the loss: what only fills a batch up is left out."""
     found = [(ids.tolist(), labels.tolist()) for ids, labels in documents(batch)]

@@ -159,7 +159,7 @@ def line_of(workload: Workload, found: Measured) -> dict[str, Any]:
         "reserved_gib": gib(torch.cuda.max_memory_reserved()) if on_card else None,
         "load_s": round(found.load_seconds, 1),
         "first_s": round(found.seconds[0], 2),
-        "second_s": round(found.seconds[1], 2),
+        "second_s": round(found.seconds[1], 2) if len(found.seconds) > 1 else None,
         "loss": [round(found.losses[0], 4), round(found.losses[-1], 4)],
         **({} if found.plan is None else planned(found.plan)),
         **({"launches": found.launches, "busy_ms": round(found.busy_ms, 1)} if workload.profile else {}),

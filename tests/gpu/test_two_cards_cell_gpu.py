@@ -119,7 +119,7 @@ def _asked(notebook: Notebook, *, own_bytes: int) -> None:
     shown = kernel.run("%vram").text
     assert not notebook.on_cards or re.search(r"card 0  .*\n\s*card 1  ", shown), shown
     answered = kernel.run('print(type(run1.chat("sun", max_new_tokens=4)).__name__)')
-    assert answered.text.split() == ["Answer"], answered
+    assert answered.text.split()[-1:] == ["Answer"], answered  # behind what libraries warn of
     assert notebook.facts("run1")["model"]
     freed = kernel.run("%vram --free")
     assert freed.error == "", freed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import nbqlora
@@ -12,6 +14,26 @@ from nbqlora.engine.host_embedding import embedding_is_on_host
 from nbqlora.engine.optimize import restore
 from nbqlora.run.loading import prepare, told_of_the_step
 from tests.tiny import save_model
+
+
+def test_memory_that_runs_out_while_a_weight_is_quantized_is_said_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes as bnb
+
+    folder, n = save_model(tmp_path / "model"), [0]
+    quantize = bnb.functional.quantize_4bit
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        n[0] += 1
+        if n[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 3 MiB free")
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", short)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried to allocate 20\.00 MiB"):
+        nbqlora.load(str(folder), max_length=32, lora_r=4)
+    assert n[0] >= 3
 
 
 def test_an_embedding_that_a_plan_has_on_the_host_is_there_and_stays(tmp_path: Path) -> None:
