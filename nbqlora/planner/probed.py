@@ -11,6 +11,7 @@ from dataclasses import replace
 from nbqlora.core.plan import Decision, Plan, Probed
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec
 from nbqlora.core.units import format_bytes, format_minutes, format_seconds
+from nbqlora.planner.link import link_rate
 
 NAME = "probe"
 
@@ -53,9 +54,10 @@ def _left(plan: Plan, probed: Probed) -> str:
 
 
 def _step_seconds(plan: Plan, probed: Probed) -> float:
-    """Of a step of usual micro-batches; the optimizer's own milliseconds are left out."""
+    """Of a step of usual micro-batches, and what cards send in it; the optimizer's own milliseconds are left out."""
+    sending = plan.sent_bytes / link_rate(plan.device, plan.n_nodes)[0]
     share = min(1.0, _usual_tokens(plan.data, plan.micro_batch_size) / probed.tokens)
-    return probed.seconds * share * plan.gradient_accumulation_steps
+    return probed.seconds * share * plan.gradient_accumulation_steps + sending
 
 
 def _usual_tokens(data: DataStats, rows: int) -> float:

@@ -199,6 +199,8 @@ def test_the_plan_is_corrected(planned: Parts) -> None:
     after = corrected(plan, found)
     rows = 2 * plan.data.n_tokens / plan.data.n_sequences
     assert after.step_seconds == pytest.approx(0.5 * rows / 200 * 2) and after.probed is found
+    linked = replace(plan, device=replace(plan.device, link_bytes_per_second=1e9), n_cards=2, sent_bytes=3 * 10**8)
+    assert corrected(linked, found).step_seconds == pytest.approx(0.5 * rows / 200 * 2 + 0.3)
     assert after.predicted_peak_bytes == plan.predicted_peak_bytes, "what was predicted stays"
     (row,) = [d for d in after.decisions if d.name == "probe"]
     assert (row.value, row.because) == (
