@@ -169,6 +169,7 @@ def kill(times: int, seed: int, folder: Path) -> None:
     print(done.stdout)
 
 
+@pytest.mark.slow
 def test_2_kills_of_a_random_rank(tmp_path: Path) -> None:
     kill(2, 10, tmp_path)  # of rank 0 in training, of rank 1 while it starts
 
