@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 
 from nbqlora.core.config import FinetuneConfig
-from nbqlora.core.errors import DiskError, OutOfDiskError
+from nbqlora.core.errors import DiskError, DoesNotFitError, OutOfDiskError
 from nbqlora.core.plan import Plan, SavedAdapter
-from nbqlora.core.units import MIB
+from nbqlora.core.units import MIB, format_bytes
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.hub.adapter import whole_adapter
 from nbqlora.hub.load import load_adapter
 from nbqlora.hub.save import adapter_bytes, save_adapter
+from nbqlora.memory.device import device_spec
+from nbqlora.planner.standing import DTYPE_BYTES, weight_bytes
 from nbqlora.run.places import rooms
 
 # Tokenizer, card and list beside the weights.
@@ -58,8 +61,27 @@ def reload_adapter(config: FinetuneConfig, plan: Plan, location: str, tokenizer:
 
     Raises:
         ModelError: the adapter is damaged, and no checkpoint has a whole one; or the base cannot be read.
+        DoesNotFitError: its weights were split over cards, and this one has no room for all of them.
     """
+    if plan.shards > 1:
+        check_one_card_holds(config, plan, device_spec(".").free_bytes)
     found = whole_adapter(folder)
     if found.note:
         warnings.warn(found.note, stacklevel=4)
     return load_adapter(config, plan, location, tokenizer, found.folder)
+
+
+def check_one_card_holds(config: FinetuneConfig, plan: Plan, free_bytes: int) -> None:
+    """Before a model is loaded to talk that was trained with split weights.
+
+    Raises:
+        DoesNotFitError: it needs more than is free, with what can be done.
+    """
+    needed = weight_bytes(plan.model, replace(config, fsdp=False), DTYPE_BYTES[plan.dtype])
+    if needed > free_bytes:
+        free = format_bytes(free_bytes)
+        raise DoesNotFitError(
+            f"{plan.model.name} needs {format_bytes(needed)} to talk, on one card, where {free} are free: it was trained "
+            f"with its weights split over {plan.shards}\n"
+            "  the adapter is saved: .merge or .push_to_hub do not need the card; talk to it where more is free"
+        )

@@ -11,12 +11,15 @@ import torch
 
 import nbqlora
 from nbqlora.cli import main
-from nbqlora.core.errors import ConfigError, ModelError, OutOfDiskError, RunError
+from nbqlora.core.errors import ConfigError, DoesNotFitError, ModelError, OutOfDiskError, RunError
 from nbqlora.core.events import NoteEvent
 from nbqlora.hub.merge_journal import damage
+from nbqlora.run.keeping import check_one_card_holds
 from tests import tiny
 from tests.hub.merging import plain_logits
 from tests.mounts import mounted
+from tests.planner.several import PAIR_80, plan
+from tests.planner.shapes import GIB, options
 from tests.run.resuming import finetune
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -143,3 +146,11 @@ def test_no_disk_at_all_is_an_error(run, tmp_path):
         patch.setattr("tempfile.tempdir", str(disk))
         with pytest.raises(OutOfDiskError, match="saving the adapter needs"):
             save_somewhere(run._session.loaded, disk / "out", "demo", pytest.fail)
+
+
+def test_a_split_model_that_one_card_cannot_hold_says_so_before_it_is_loaded() -> None:
+    config = options(gpus=2, fsdp=True)
+    found = plan("70B", PAIR_80, fsdp=True)
+    check_one_card_holds(config, found, 80 * GIB)
+    with pytest.raises(DoesNotFitError, match=r"70B needs 36\.\d GiB to talk, on one card, where 22\.0 GiB are free"):
+        check_one_card_holds(config, found, 22 * GIB)
