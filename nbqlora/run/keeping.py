@@ -79,9 +79,9 @@ def check_one_card_holds(config: FinetuneConfig, plan: Plan, free_bytes: int) ->
     """
     needed = weight_bytes(plan.model, replace(config, fsdp=False), DTYPE_BYTES[plan.dtype])
     if needed > free_bytes:
-        free = format_bytes(free_bytes)
+        size, free = format_bytes(needed), format_bytes(free_bytes)
         raise DoesNotFitError(
-            f"{plan.model.name} needs {format_bytes(needed)} to talk, on one card, where {free} are free: it was trained "
+            f"{plan.model.name} needs {size} to talk, on one card, where {free} are free: it was trained "
             f"with its weights split over {plan.shards}\n"
             "  the adapter is saved: .merge or .push_to_hub do not need the card; talk to it where more is free"
         )
