@@ -105,7 +105,7 @@ def test_max_minutes_count_from_the_start_and_leave_room_for_the_next_step(
         if isinstance(event, StepEvent) or (isinstance(event, PhaseEvent) and event.phase == "load"):
             minutes += 1
 
-    for module in ("nbqlora.run.journal", "nbqlora.train.events"):
+    for module in ("nbqlora.api", "nbqlora.run.journal", "nbqlora.train.events"):
         monkeypatch.setattr(f"{module}.perf_counter", lambda: minutes * 60)
     run = finetune(model, ROWS, tmp_path, max_steps=9, max_minutes=5.5, observe=observe)
     # Loading takes a minute, a step one (the first none): the fifth ends at five, and a sixth has no room.
