@@ -32,12 +32,12 @@ def of(kind: str, told: list[Any]) -> list[Any]:
     return [event[1:] for event in told if event[0] == kind]
 
 
-def start(rank: int, folder: Path, port: int) -> subprocess.Popen[str]:
+def start(rank: int, folder: Path, port: int, job: str = "ranks_job") -> subprocess.Popen[str]:
     """A rank, with what torchrun sets."""
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.run.ranks_job", str(folder)],
+        [sys.executable, "-m", f"tests.run.{job}", str(folder)],
         cwd=ROOT,
         env={**os.environ, **own, **{name: str(value) for name, value in group.items()}},
         stdout=subprocess.DEVNULL,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,23 +15,7 @@ from peft import PeftModel
 from tests import tiny
 from tests.run import resuming
 from tests.run.sharded_job import PLAIN
-from tests.run.test_ranks import check_same_path, events, of
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(rank: int, folder: Path, port: int) -> subprocess.Popen[str]:
-    """A rank, with what torchrun sets."""
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    own = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.run.sharded_job", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, **own, **{name: str(value) for name, value in group.items()}},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+from tests.run.test_ranks import check_same_path, events, of, start
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +42,7 @@ def together(folder: Path, alone: Any) -> Iterator[tuple[dict[str, Any], dict[st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(rank, folder, port) for rank in (0, 1)]
+    ranks = [start(rank, folder, port, "sharded_job") for rank in (0, 1)]
     try:
         ended = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
