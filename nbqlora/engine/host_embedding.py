@@ -30,7 +30,7 @@ class HostEmbedding:
     """
 
     def __init__(self, weight: torch.Tensor, device: torch.device) -> None:
-        self.weight, self._device = weight, device
+        self.weight, self.device = weight, device
         on_card = device.type == "cuda"
         self._parts = [torch.empty(ROWS_AT_ONCE, weight.shape[1], dtype=weight.dtype, pin_memory=on_card) for _ in "ab"]
         self._copied = [torch.cuda.Event() for _ in self._parts] if on_card else []
@@ -38,7 +38,7 @@ class HostEmbedding:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up; the copies run on the current stream."""
         places = ids.flatten().cpu()
-        out = torch.empty(places.numel(), self.weight.shape[1], dtype=self.weight.dtype, device=self._device)
+        out = torch.empty(places.numel(), self.weight.shape[1], dtype=self.weight.dtype, device=self.device)
         for n, (some, rows) in enumerate(zip(places.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE), strict=True)):
             part = self._parts[n % 2][: some.numel()]
             if self._copied:
@@ -71,6 +71,15 @@ def embedding_to_host(model: Any) -> Replacement:
         new="in host memory",
         because=f"{weight.nbytes / 2**30:.2f} GiB of the card for a copy of each row that is read",
     )
+
+
+def embedding_back(model: Any) -> None:
+    """Undo :func:`embedding_to_host`, if it was called: the matrix is a parameter on the device again."""
+    module = model.get_input_embeddings()
+    held = module.__dict__.pop(ATTRIBUTE, None)
+    if held is not None:
+        del module.__dict__["forward"], module.__dict__["weight"]
+        module.weight = torch.nn.Parameter(held.weight.to(held.device, copy=True), requires_grad=False)
 
 
 def embedding_is_on_host(model: Any) -> bool:

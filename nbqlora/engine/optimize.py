@@ -22,6 +22,7 @@ from nbqlora.engine.adapters import FlatAdapters
 from nbqlora.engine.checkpoint import apply_policies, clear_policies, decoder_layers
 from nbqlora.engine.fused import ATTRIBUTE, Engine, engine_of
 from nbqlora.engine.group import Scratch
+from nbqlora.engine.host_embedding import embedding_back
 from nbqlora.engine.last_norm import norm_differs
 from nbqlora.engine.layer import Layer
 from nbqlora.engine.layer_probe import differs
@@ -47,7 +48,7 @@ def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
     Raises:
         ModelError: the weights are split over cards, and a layer cannot be replaced: nothing else gathers them.
     """
-    restore(model)
+    _take_off(model)
     engine, made = _engine(model)
     if shards_of(model) is not None and (engine is None or not engine.complete):
         left = next(f"{one.path}: {one.because}" for one in made if not one.new)
@@ -76,8 +77,15 @@ def restore(model: Any, *, own_storage: bool = True) -> None:
     """Undo :func:`optimize`: every attribute is what it was; parameters and gradients keep their values.
 
     Args:
-        own_storage: False leaves the adapters views of one buffer, and allocates nothing: for a card that may be full.
+        own_storage: False leaves the adapters views of one buffer and an embedding where it is, and allocates nothing:
+            for a card that may be full.
     """
+    _take_off(model, own_storage=own_storage)
+    if own_storage:
+        embedding_back(model)
+
+
+def _take_off(model: Any, *, own_storage: bool = True) -> None:
     clear_policies(model)
     engine = engine_of(model)
     if engine is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nbqlora.core.config import FinetuneConfig
-from nbqlora.core.plan import Decision
+from nbqlora.core.plan import Decision, Plan
 from nbqlora.core.specs import DeviceSpec, ModelSpec
 from nbqlora.core.units import format_bytes
 from nbqlora.planner.batch import CAPTURED_TOKENS
@@ -57,6 +57,12 @@ def limits_for(config: FinetuneConfig, model: ModelSpec, device: DeviceSpec, dty
     limits = limits_of(config, device)
     taken = embedding_bytes(model, DTYPE_BYTES[dtype]) if model.embedding_on_host else 0
     return replace(limits, host_bytes=max(0, limits.host_bytes - taken))
+
+
+def inputs_bytes(config: FinetuneConfig, plan: Plan) -> int:
+    """What layers' inputs may take of the host beside a plan's embedding."""
+    model = replace(plan.model, embedding_on_host=plan.offload_embedding)
+    return limits_for(config, model, plan.device, plan.dtype).host_bytes
 
 
 def decision(model: ModelSpec, dtype: str) -> Decision:

@@ -20,7 +20,7 @@ from nbqlora.engine.packing import PackingProbe
 from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
 from nbqlora.hub.load import load
-from nbqlora.planner.limits import usable_host_bytes
+from nbqlora.planner.embedding import inputs_bytes
 from nbqlora.planner.probed import probes
 from nbqlora.run.copies import Copies
 from nbqlora.run.history import unpack_events
@@ -233,7 +233,7 @@ class Job:
             find_rows=self._seen.train.find_rows,
             save_state=self._checkpoint_now,
             enter=self._profile.enter,
-            ram_bytes=usable_host_bytes(self._config, self.plan.device),
+            ram_bytes=inputs_bytes(self._config, self.plan),
             tell_short=events.out_of_memory,
             callbacks=[events, PhaseCallback(self._profile.enter, partial(hold, self._profile, loaded))],
         )

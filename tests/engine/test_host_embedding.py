@@ -51,10 +51,17 @@ def test_a_step_is_bit_equal_and_the_parameter_is_gone(fused: bool) -> None:
     table = model.get_input_embeddings().weight
     assert sum(p.numel() for p in model.parameters()) == n_params - table.numel()
     assert not any("embed_tokens" in name for name, _ in model.named_parameters())
-    restore(model)
+    restore(model, own_storage=False)  # a card that may be full
+    assert embedding_is_on_host(model)
     model.eval()
     out = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert out.shape == (1, 6)
+    restore(model)
+    module = model.get_input_embeddings()
+    assert not embedding_is_on_host(model) and sum(p.numel() for p in model.parameters()) == n_params
+    assert torch.equal(module.weight, table) and "forward" not in vars(module)
+    model.train()
+    assert step(model)[0] == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_cannot_go_there_is_refused_with_the_setting() -> None:

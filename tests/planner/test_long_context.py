@@ -14,7 +14,7 @@ from nbqlora.core.plan import Plan
 from nbqlora.core.specs import BatchLayout, DataStats, DeviceSpec, MemoryCategory
 from nbqlora.engine.micro_step import CAPTURED_TOKENS, not_captured_because
 from nbqlora.planner import batch, make_plan
-from nbqlora.planner.embedding import embedding_bytes, may_be_on_host
+from nbqlora.planner.embedding import embedding_bytes, inputs_bytes, may_be_on_host
 from nbqlora.planner.search import split_of
 from tests.planner.shapes import DEVICES, GIB, MODELS, options
 
@@ -61,6 +61,9 @@ def test_the_embedding_is_on_the_card_where_that_fits_or_another_part_needs_it()
     assert on_host.budget.by_category[MemoryCategory.WEIGHTS] == weights - size == weights - 128256 * 4096 * 2
     said = {d.name: d for d in on_host.decisions}["embedding"]
     assert said.value == "0.98 GiB in host memory" and said.because.startswith("nothing fits with its 0.98 GiB on the")
+    config = options(max_length=98304, lora_r=32, dtype="fp16", ram_gib=RAM_GIB)
+    assert inputs_bytes(config, on_host) == RAM_GIB * GIB - size > on_host.host_bytes
+    assert inputs_bytes(config, planned(65536)) == RAM_GIB * GIB
     for trained in ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1]}):
         with pytest.raises(DoesNotFitError):
             planned(98304, **lean, peft=trained)
