@@ -62,9 +62,9 @@ class ShortAfter:
 
 def finetune(model: str, out: Path, observe: Any = None, **changes: Any) -> dict[str, Any]:
     """A run, and its figures."""
-    options = {**OPTIONS, "eval_data": rows(4), **changes}
+    options = {**OPTIONS, "data": rows(32), "eval_data": rows(4), **changes}
     try:
-        run = nbqlora.finetune(model=model, data=rows(32), output_dir=str(out), observe=observe, **options)
+        run = nbqlora.finetune(model=model, output_dir=str(out), observe=observe, **options)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     report, plan = run.report, run.plan
@@ -81,17 +81,31 @@ def finetune(model: str, out: Path, observe: Any = None, **changes: Any) -> dict
     return found
 
 
-def overlap(model: str, out: Path) -> dict[str, int]:
-    """Gathers of a few steps, and those beside which another kernel ran."""
-    from torch.profiler import ProfilerActivity, profile
+class Profiled:
+    """Profiles the card from behind a step on: kernels are compiled and timed, and layers probed, before that."""
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        # Rows enough that the card is busy, and not waiting for what is launched: a gather ends in some 50 us.
-        finetune(model, out, fsdp=True, max_steps=2, per_device_train_batch_size=16, eval_data=None)
+    def __init__(self, step: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.step, self.profiler = step, profile(activities=[ProfilerActivity.CUDA])
+
+    def __call__(self, event: Any) -> None:
+        if isinstance(event, StepEvent) and event.step == self.step:
+            torch.cuda.synchronize()
+            self.profiler.start()
+
+
+def overlap(model: str, out: Path) -> dict[str, int]:
+    """Gathers of the steps behind the second one, and those beside which another kernel ran."""
+    seen = Profiled(2)
+    # Tokens enough that the card is busy, and not waiting for what is launched: a gather ends in some 50 us.
+    long = {"max_length": 4096, "per_device_train_batch_size": 8}
+    finetune(model, out, observe=seen, data=rows(32, words=4000), fsdp=True, eval_data=None, **long)
+    seen.profiler.stop()
     # Ranges that FSDP and torch.distributed name are shown on the card too, and last as long as the gather in them.
     on_card = [
         e
-        for e in profiler.events()
+        for e in seen.profiler.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
         and not (e.is_user_annotation or e.name.startswith(("FSDP::", "nccl:", "Memset")))
     ]
