@@ -49,7 +49,8 @@ def _compare(layer: Layer, module: Any, decoder: Any, dtype: torch.dtype) -> str
         stock = _stock(module, layer, x, gradient, positions, dtype)
     except Exception as error:
         return f"its own forward could not be tried: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    ours = _ours(layer, x, gradient, positions)
+    kind = AttentionKind.MATH if layer.heads.softcap else AttentionKind.SDPA
+    ours = through_ours(layer, x, gradient, positions, kind)
     for name, expected in stock.items():
         expected = expected.detach()
         off = float((ours[name].float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-20))
@@ -95,13 +96,22 @@ def _stock(
     return _named(layer, out, found[0], found[1:])
 
 
-def _ours(
-    layer: Layer, x: torch.Tensor, gradient: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
+def through_ours(
+    layer: Layer,
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    positions: tuple[torch.Tensor, torch.Tensor],
+    attention: AttentionKind,
 ) -> dict[str, torch.Tensor]:
+    """The layer's output, the gradient of its input and those of its adapters; adapters' own gradients stay.
+
+    Args:
+        x, gradient: ``[1, tokens, d_model]``.
+        positions: cos and sin, ``[1, tokens, rotated dims]``.
+    """
     cos, sin = (p.to(x.dtype).reshape(-1, p.shape[-1]) for p in positions)
     documents = Documents(rows=1, seq=x.shape[1], cu_seqlens=None, max_tokens=x.shape[1], lengths=None)
-    kind = AttentionKind.MATH if layer.heads.softcap else AttentionKind.SDPA
-    call = Call(documents=documents, cos=cos, sin=sin, attention=kind)
+    call = Call(documents=documents, cos=cos, sin=sin, attention=attention)
     adapters = layer.scratch.adapters
     before = [p.grad for p in layer.parameters]
     with torch.no_grad():

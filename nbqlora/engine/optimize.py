@@ -112,8 +112,8 @@ def _engine(model: Any) -> tuple[Engine | None, tuple[Replacement, ...]]:
     if shards is not None:
         _attach(shards, layers, modules)
     if layers:
-        scratch.arena = DequantArena(device, max(_scratch_bytes(x, dtype) for x in layers.values()))
-        scratch.adapters = _adapters(layers, dtype)
+        scratch.arena = DequantArena(device, max(scratch_bytes(x, dtype) for x in layers.values()))
+        scratch.adapters = flat_adapters(layers, dtype)
         reasons |= _tried(layers, modules, decoder, dtype, shards)
     if shards is not None:
         shards.trains_from = _trains_from(base, layers)
@@ -132,7 +132,8 @@ def _dtype(layer: Any) -> torch.dtype:
     return next(p.dtype for n, p in layer.named_parameters() if "norm" in n)
 
 
-def _scratch_bytes(layer: Layer, dtype: torch.dtype) -> int:
+def scratch_bytes(layer: Layer, dtype: torch.dtype) -> int:
+    """Of the buffer that its largest weight is unpacked into."""
     return max(g.scratch_elements() for g in layer.groups) * dtype.itemsize
 
 
@@ -146,7 +147,7 @@ def _read(modules: Mapping[str, Any], config: Any, scratch: Scratch) -> tuple[di
     return layers, reasons
 
 
-def _adapters(layers: Mapping[str, Layer], dtype: torch.dtype) -> FlatAdapters | None:
+def flat_adapters(layers: Mapping[str, Layer], dtype: torch.dtype) -> FlatAdapters | None:
     """One buffer for all; the A matrices of a group stand next to each other."""
     parameters, beside = [], []
     for layer in layers.values():

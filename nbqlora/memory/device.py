@@ -77,8 +77,8 @@ def _start_cuda(torch: Any, before: Card | None) -> int:
 
 def _cuda_spec(cuda: Any, index: int, before: Card | None, output_dir: str | os.PathLike[str]) -> DeviceSpec:
     capability = cuda.get_device_capability(index)
-    has_bf16 = capability >= (8, 0)  # is_bf16_supported() is True on a T4, where it is emulated
-    flops, notes = _matmul_rate("bf16" if has_bf16 else "fp16")
+    bf16 = has_bf16(capability)
+    flops, notes = _matmul_rate("bf16" if bf16 else "fp16")
     context, context_notes = _context(cuda, index, before)
     free, total = cuda.mem_get_info(index)
     host = read_host()
@@ -91,12 +91,17 @@ def _cuda_spec(cuda: Any, index: int, before: Card | None, output_dir: str | os.
         host_free_bytes=host.free_bytes,
         disk_free_bytes=disk_free_bytes(output_dir),
         capability=capability,
-        has_bf16=has_bf16,
+        has_bf16=bf16,
         has_triton=capability >= (7, 0) and importlib.util.find_spec("triton") is not None,
         n_devices=cuda.device_count(),
         matmul_flops=flops,
         notes=cards_notes(cuda.device_count(), f"this run uses card {index}") + notes + context_notes + host.notes,
     )
+
+
+def has_bf16(capability: tuple[int, int]) -> bool:
+    """Whether the card has bf16 arithmetic; torch's own answer is True on a T4, where it is emulated."""
+    return capability >= (8, 0)
 
 
 def _matmul_rate(dtype_name: str) -> tuple[float | None, tuple[str, ...]]:

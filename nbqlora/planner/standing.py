@@ -18,11 +18,14 @@ FRAGMENTATION_BYTES = GIB // 2
 
 def choose_dtype(asked: str, device: DeviceSpec) -> str:
     """``auto``: fp32 on a CPU, bf16 where the card has it, fp16 below capability 8.0."""
-    if asked != "auto":
-        return asked
-    if device.kind == "cpu":
+    return auto_dtype(device.kind, device.has_bf16) if asked == "auto" else asked
+
+
+def auto_dtype(kind: str, has_bf16: bool) -> str:
+    """What ``auto`` means on a device of this kind (``cpu`` or ``cuda``)."""
+    if kind == "cpu":
         return "fp32"
-    return "bf16" if device.has_bf16 else "fp16"
+    return "bf16" if has_bf16 else "fp16"
 
 
 def targets(model: ModelSpec, config: FinetuneConfig) -> set[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nbqlora.core.errors import DataError, MemoryExhaustedError, NbqloraError
+from nbqlora.core.events import NoteEvent, OomEvent, SavedEvent, StepEvent
 from nbqlora.core.events import Observer as Observe
-from nbqlora.core.events import OomEvent, SavedEvent, StepEvent
 
 RANK = int(os.environ.get("RANK", "0"))
 PATIENCE_SECONDS = 60.0
@@ -20,6 +20,11 @@ PATIENCE_SECONDS = 60.0
 
 def nothing() -> None:
     """Prepared already."""
+
+
+def says() -> NoteEvent:
+    """Prepared, but for something."""
+    return NoteEvent(text=f"of rank {RANK}", elapsed_seconds=0.0)
 
 
 def step(number: int, peak_bytes: int = 0, total: int = 100) -> StepEvent:

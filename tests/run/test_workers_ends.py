@@ -56,11 +56,15 @@ def worker_processes(of: int | None = None) -> list[psutil.Process]:
 
 
 def run(
-    work: Any, observe: Callable[[Any], None] = lambda event: None, n: int = 2, how: str = "do this"
+    work: Any,
+    observe: Callable[[Any], None] = lambda event: None,
+    n: int = 2,
+    how: str = "do this",
+    prepare: Any = stand_ins.nothing,
 ) -> tuple[list[Any], Watch, int]:
     """Reports, the watch, and the port where they met."""
     said.clear()
-    with Workers(n, stand_ins.nothing) as workers:
+    with Workers(n, prepare) as workers:
         workers.tell(work)
         watch = Watch(workers, observe, said.append, how)
         return list(watch.reports()), watch, workers.port
@@ -97,12 +101,19 @@ def test_a_group_that_was_joined_ahead_is_the_first_runs() -> None:
 
 
 def test_what_runs_beside_the_imports_raises_where_it_is_waited_for() -> None:
-    def fails() -> None:
+    def fails() -> str:
         raise RunError("too few cards")
 
     beside = Beside(fails)
     with pytest.raises(RunError, match="too few cards"):
-        beside.wait()
+        beside.result()
+    assert Beside(lambda: "no room").result() == "no room"
+
+
+def test_what_preparing_finds_is_told_before_the_work() -> None:
+    events: list[Any] = []
+    run(stand_ins.take_steps, events.append, prepare=stand_ins.says)
+    assert [getattr(event, "text", "") for event in events] == ["of rank 0", "", ""]
 
 
 def test_events_are_rank_0s_with_the_fullest_cards_peak() -> None:

@@ -1,7 +1,8 @@
 """A run with workers: the rows are tokenized here and once, everything else happens in the workers.
 
 This process holds nothing on any card: sessions of finished runs were freed before, and no model is loaded. The workers
-import their libraries (6 s), start CUDA and connect while the rows are read here, and open the tokens where they lie.
+import their libraries (6 s), start CUDA, connect and compile their kernels while the rows are read here, and open the
+tokens where they lie.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def finetune_together(
     Raises:
         NbqloraError: as the ordinary run, or why a worker ended; no worker is left then.
     """
-    with Workers(n, get_ready) as workers, quiet_libraries(progress_bars=True):
+    # The rows stay in this process: a worker's record says of them what this one's would.
+    told = replace(config, data=described(config.data), eval_data=described(config.eval_data))
+    with Workers(n, partial(get_ready, told, journal.called)) as workers, quiet_libraries(progress_bars=True):
         journal.phase("look", f"and starting {n} processes")
         location = place_of(config, journal.note)
         tokenizer = tokenizer_of(config, location)
         train, evaluation = read_both(config, tokenizer, (BatchLayout.JOINED, ""), journal.note)
-        # The rows stay in this process: a worker's record says of them what this one's would.
-        told = replace(config, data=described(config.data), eval_data=described(config.eval_data))
         rows = (train.handed_on(), evaluation and evaluation.handed_on())
         settings: dict[str, Any] = {"name": name, "resume": resume, "how": how, "rows": rows, "called": journal.called}
         workers.tell(partial(_report, finetune, told, **settings))

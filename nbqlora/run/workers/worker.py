@@ -15,13 +15,13 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import InterruptedRunError, NbqloraError
-from nbqlora.core.events import Event, Observer
+from nbqlora.core.events import Event, NoteEvent, Observer
 from nbqlora.core.report import Report
 from nbqlora.run.workers.lines import Do, Done, Failed, Interrupt, Told
 
@@ -34,45 +34,66 @@ TRIES, TRY_SECONDS = 5, 1.0
 
 BEFORE_TRAINING = "interrupted before training began; nothing was saved"
 
-Prepare = Callable[[], object]
+Prepare = Callable[[], Event | None]
 Work = Callable[[Observer], Report]
 
 
-def get_ready() -> None:
-    """What a run takes seconds for whatever its rows are: its imports, 6 s, and beside them CUDA and the ranks' group.
+def get_ready(config: FinetuneConfig, called: float) -> Event | None:
+    """What a run takes seconds for whatever its rows are: its imports, 6 s, and beside them its card.
+
+    That thread imports nothing of what this one does: two that import the same modules may each see half of them.
+
+    Args:
+        called: when the user asked for the run, as ``Journal`` takes it.
+
+    Returns:
+        What there is to say.
 
     Raises:
         RunError: this rank cannot join the others.
     """
     from nbqlora.run.ranks import join_ahead
+    from nbqlora.run.rehearsing import rehearse
 
-    joining = Beside(partial(join_ahead, os.environ))
+    imported = threading.Event()
+
+    def start_card() -> str:
+        join_ahead(os.environ)
+        imported.wait()
+        return rehearse(config)
+
+    card = Beside(start_card)
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  autograd imports it when it is used first
+
+    imported.set()
     import nbqlora.run.steps
     import nbqlora.train.trainer  # noqa: F401
 
-    joining.wait()
+    said = card.result()
+    return NoteEvent(text=said, elapsed_seconds=time.perf_counter() - called) if said else None
 
 
 class Beside:
     """A call in another thread, which nobody waits for when the process ends: it may wait for a rank that is gone."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = call
+    def __init__(self, call: Callable[[], str]) -> None:
+        self._call, self._result = call, ""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="nbqlora-beside", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._call()
+            self._result = self._call()
         except BaseException as error:
             self._error = error
 
-    def wait(self) -> None:
-        """Until it is done. Raises what it raised."""
+    def result(self) -> str:
+        """Waits until it is done. Raises what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
+        return self._result
 
 
 def main(line: Connection) -> int:
@@ -91,7 +112,9 @@ def main(line: Connection) -> int:
         say(Told(event=event))
 
     try:
-        pickle.loads(jobs.get())()
+        prepare: Prepare = pickle.loads(jobs.get())
+        if (told := prepare()) is not None:
+            tell(told)
         work: Work = pickle.loads(jobs.get())
         say(Done(report=work(tell)))
     except BaseException as error:
