@@ -216,10 +216,10 @@ def _probe(model: Any, head: HeadSpec, device: torch.device, tolerance: float) -
             False,
             f"on a probe its logits differ from the model's own by {apart:.2g}, where the largest is {largest:.2g}",
         )
-    # With its gradient, so that the kernel which is compiled here is the first step's.
-    rows = hidden[0, :-1].to(output.weight.dtype).detach().requires_grad_()
+    # With its gradient, and targets in a tensor of their own: the kernel that is compiled here is the first step's.
+    rows, targets = hidden[0, :-1].to(output.weight.dtype).detach().requires_grad_(), ids[0, 1:].clone()
     with torch.enable_grad():
-        summed = head_loss(rows, output.weight, output.bias, ids[0, 1:], head, PROBE_TOKENS)
+        summed = head_loss(rows, output.weight, output.bias, targets, head, PROBE_TOKENS)
     loss = float(summed.detach()) / (PROBE_TOKENS - 1)
     expected = float(torch.nn.functional.cross_entropy(own[:-1], ids[0, 1:]))
     if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):

@@ -102,15 +102,17 @@ def through_ours(
     gradient: torch.Tensor,
     positions: tuple[torch.Tensor, torch.Tensor],
     attention: AttentionKind,
+    lengths: tuple[int, ...] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The layer's output, the gradient of its input and those of its adapters; adapters' own gradients stay.
 
     Args:
         x, gradient: ``[1, tokens, d_model]``.
         positions: cos and sin, ``[1, tokens, rotated dims]``.
+        lengths: of the documents that the tokens are; None for one.
     """
     cos, sin = (p.to(x.dtype).reshape(-1, p.shape[-1]) for p in positions)
-    documents = Documents(rows=1, seq=x.shape[1], cu_seqlens=None, max_tokens=x.shape[1], lengths=None)
+    documents = _documents(x, lengths or (x.shape[1],))
     call = Call(documents=documents, cos=cos, sin=sin, attention=attention)
     adapters = layer.scratch.adapters
     before = [p.grad for p in layer.parameters]
@@ -126,6 +128,12 @@ def through_ours(
         p.grad = grad
     assert d_input is not None
     return _named(layer, out[None], d_input[None], found)
+
+
+def _documents(x: torch.Tensor, lengths: tuple[int, ...]) -> Documents:
+    edges = torch.tensor([0, *lengths], dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
+    cu_seqlens = edges if len(lengths) > 1 else None
+    return Documents(rows=1, seq=x.shape[1], cu_seqlens=cu_seqlens, max_tokens=max(lengths), lengths=lengths)
 
 
 def _named(layer: Layer, out: Any, d_input: torch.Tensor, gradients: Any) -> dict[str, torch.Tensor]:

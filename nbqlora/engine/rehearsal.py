@@ -23,6 +23,7 @@ from nbqlora.engine.layer_probe import PROBE_TOKENS, through_ours
 from nbqlora.engine.match import ACTIVATIONS
 from nbqlora.engine.optimize import flat_adapters, scratch_bytes
 from nbqlora.engine.projection import Lora, Projection
+from nbqlora.kernels._launch import launches_of_a_share
 from nbqlora.kernels.cross_entropy import cross_entropy_
 from nbqlora.kernels.nf4 import Nf4
 from nbqlora.kernels.rms_norm import rms_norm_backward
@@ -117,44 +118,55 @@ class Rehearsal:
 
     def run(self) -> None:
         """Do it, and give the memory back: a layer's weights, 0.3 GiB for an 8B's with its scratch."""
-        self._run()
+        for kind, lengths in self.attention_calls():
+            self._layer(kind, lengths)
+        self._stock_attention()
+        self._head()
+        self._leave_nothing()
+
+    def run_share(self, number: int, n: int) -> None:
+        """Only so that one of ``n`` processes of a machine compiles its share of the kernels, into Triton's cache."""
+        with launches_of_a_share(number, n):
+            self._layer(*self.attention_calls()[0])
+            self._head()
+        self._leave_nothing()
+
+    def _layer(self, kind: AttentionKind, lengths: tuple[int, ...]) -> None:
+        """Forward and backward, with documents of these lengths."""
+        x = self._zeros(1, PROBE_TOKENS, self.shape.d_model, dtype=self.dtype)
+        turned = self._zeros(1, PROBE_TOKENS, self.shape.head_dim, dtype=self.dtype)
+        through_ours(self.layer(), x, x, (turned, turned), kind, lengths)
+
+    def _head(self) -> None:
+        """The last norm, and the loss with its gradient."""
+        n, last = PROBE_TOKENS, self._norm("norm", self.shape.d_model)
+        assert last is not None
+        x = self._zeros(n, self.shape.d_model, dtype=self.dtype)
+        _, rstd = last(x)
+        rms_norm_backward(x, x, last.weight, rstd, style=last.style)
+        logits = self._zeros(n, self.shape.vocab_size, dtype=self.dtype)
+        cross_entropy_(logits, self._zeros(n, dtype=torch.int64), factor=1.0)
+
+    def _leave_nothing(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             free_workspaces()
             torch.cuda.empty_cache()
 
-    def _run(self) -> None:
-        layer, n = self.layer(), PROBE_TOKENS
-        self._stock_attention()
-        x = self._zeros(1, n, self.shape.d_model, dtype=self.dtype)
-        turned = self._zeros(1, n, self.shape.head_dim, dtype=self.dtype)
-        for kind in self.attention_kinds():
-            through_ours(layer, x, x, (turned, turned), kind)
-        last = self._norm("norm", self.shape.d_model)
-        assert last is not None
-        _, rstd = last(x[0])
-        rms_norm_backward(x[0], x[0], last.weight, rstd, style=last.style)
-        logits = self._zeros(n, self.shape.vocab_size, dtype=self.dtype)
-        cross_entropy_(logits, self._zeros(n, dtype=torch.int64), factor=1.0)
-
-    def attention_kinds(self) -> list[AttentionKind]:
-        """What the layer's probe takes, and what rows of one length and packs do on this device."""
-        on_card = self.device.type == "cuda"
+    def attention_calls(self) -> list[tuple[AttentionKind, tuple[int, ...]]]:
+        """What computes attention, of documents of which lengths: in a layer's probe, in rows alone and end to end."""
+        on_card, h = self.device.type == "cuda", self.shape
         capability = torch.cuda.get_device_capability(self.device) if on_card else None
+        lengths = {True: (PROBE_TOKENS,), False: (PROBE_TOKENS // 2,) * 2}
         chosen = [
             choose_attention(
-                device_type=self.device.type,
-                capability=capability,
-                dtype=self.dtype,
-                head_dim=self.shape.head_dim,
-                window=None,
-                softcap=self.shape.softcap,
-                dense=dense,
+                device_type=self.device.type, capability=capability, dtype=self.dtype, head_dim=h.head_dim,
+                window=None, softcap=h.softcap, dense=dense,
             )[0]
-            for dense in (True, False)
-        ]
-        probed = AttentionKind.MATH if self.shape.softcap else AttentionKind.SDPA
-        return list(dict.fromkeys([probed, *chosen]))
+            for dense in lengths
+        ]  # fmt: skip
+        probed = AttentionKind.MATH if h.softcap else AttentionKind.SDPA
+        return list(dict.fromkeys([(probed, lengths[True]), *zip(chosen, lengths.values(), strict=True)]))
 
     def layer(self) -> Layer:
         """The layer, of zeros."""

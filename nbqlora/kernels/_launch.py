@@ -6,7 +6,9 @@ declared through :func:`jit`, which leaves them uncompiled until they are launch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +19,70 @@ try:
 except ImportError:  # a machine without a card
     triton = tl = None
 
-__all__ = ["HAS_TRITON", "jit", "next_power_of_2", "row_stride", "tl", "triton", "use_triton"]
+__all__ = [
+    "HAS_TRITON",
+    "jit",
+    "launches_of_a_share",
+    "next_power_of_2",
+    "row_stride",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 HAS_TRITON = triton is not None
+# Every kernel that was declared.
+_kernels: list[Any] = []
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """``triton.jit`` where triton is there; otherwise the plain function, which nothing launches."""
-    return triton.jit(function) if HAS_TRITON else function
+    if not HAS_TRITON:
+        return function
+    kernel = triton.jit(function)
+    _kernels.append(kernel)
+    return kernel
+
+
+@contextmanager
+def launches_of_a_share(number: int, n: int) -> Iterator[None]:
+    """Within, of what Triton compiles one by one only every ``n``-th is launched, the first being number ``number``.
+
+    What others would have written stays as it was made: this is for processes that compile for each other, and for
+    threads beside which nothing is launched.
+    """
+    met: dict[tuple[Any, ...], int] = {}
+    for kernel in _kernels:
+        kernel.run = partial(_in_turn, met, number, n, kernel, kernel.run)
+    try:
+        yield
+    finally:
+        for kernel in _kernels:
+            del kernel.run
+
+
+def _in_turn(
+    met: dict[tuple[Any, ...], int],
+    number: int,
+    n: int,
+    kernel: Any,
+    run: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    named = {name: value for name, value in kwargs.items() if name != "grid"}
+    key = (id(kernel), *map(_compiled_for, args), *((name, _compiled_for(named[name])) for name in sorted(named)))
+    turn = met.setdefault(key, len(met))
+    return run(*args, **kwargs) if turn % n == number else None
+
+
+def _compiled_for(value: Any) -> Any:
+    """What a kernel is compiled for where this is an argument."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == 1, value % 16 == 0
+    return value if isinstance(value, str | bool) or value is None else type(value)
 
 
 def use_triton(x: torch.Tensor) -> bool:

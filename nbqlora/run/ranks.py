@@ -91,6 +91,11 @@ def join_ahead(environ: MutableMapping[str, str]) -> None:
     Ranks(torch.device("cpu")).add_(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def meet() -> None:
+    """Wait until all ranks have come to this call."""
+    Ranks(torch.device("cpu")).any(False)
+
+
 def _join(rank: Rank, environ: MutableMapping[str, str]) -> None:
     see_one_card(rank, environ)
     on_cards = torch.cuda.is_available()

@@ -120,8 +120,8 @@ def test_it_runs_and_draws_no_numbers(family: str, in_4bit: bool) -> None:
 
 def test_capped_scores_are_written_out() -> None:
     config = {**LLAMA, "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0}
-    assert of(config).attention_kinds() == [AttentionKind.MATH]
-    assert of().attention_kinds() == [AttentionKind.SDPA]
+    assert [kind for kind, _ in of(config).attention_calls()] == [AttentionKind.MATH] * 2
+    assert of().attention_calls() == [(AttentionKind.SDPA, (16,)), (AttentionKind.SDPA, (8, 8))]
 
 
 def test_nothing_is_imported_meanwhile() -> None:

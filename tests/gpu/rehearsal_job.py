@@ -1,6 +1,7 @@
 """From a cold cache of kernels to a model that is ready to train, rehearsed or not; what was compiled, and the seconds.
 
-``python -m tests.gpu.rehearsal_job MODEL FOLDER rehearsed|plain``; one JSON line.
+``python -m tests.gpu.rehearsal_job MODEL FOLDER plain|rehearsed|shared``; one JSON line. ``shared``: first what each of
+two processes would compile for both, one after the other.
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ def main(model: str, folder: str, how: str) -> None:
 
     import nbqlora.run.ranks  # noqa: F401
     from nbqlora.core.config import FinetuneConfig
-    from nbqlora.run.rehearsing import rehearse
+    from nbqlora.core.ranks import ALONE
+    from nbqlora.run.rehearsing import rehearsal_for, rehearse
 
     options: dict[str, Any] = {"model": model, "max_length": 1024, "per_device_train_batch_size": 2, "lora_r": 8}
     torch.zeros(1, device="cuda")
     told: dict[str, Any] = {"held": -torch.cuda.memory_allocated()}
-    if how == "rehearsed":
+    config = FinetuneConfig(data=[], **options)
+    if how == "shared":
+        rehearsal, told["shares"] = rehearsal_for(config, torch.device("cuda", 0)), []
+        assert rehearsal is not None
+        for number in range(2):
+            rehearsal.run_share(number, 2)
+            told["shares"].append(compiled(cache))
+    if how != "plain":
         before, begun = set(sys.modules), time.perf_counter()
-        told["said"] = rehearse(FinetuneConfig(data=[], **options))
+        told["said"] = rehearse(config, ALONE, lambda: None)
         told["rehearsed_seconds"] = time.perf_counter() - begun
         told["imported"] = sorted(set(sys.modules) - before)
     told["held"] += torch.cuda.memory_allocated()

@@ -99,8 +99,8 @@ def overlap(model: str, out: Path) -> dict[str, int]:
     """Gathers of the steps behind the second one, and those beside which another kernel ran."""
     seen = Profiled(2)
     # Tokens enough that the card is busy, and not waiting for what is launched: a gather ends in some 50 us.
-    long = {"max_length": 4096, "per_device_train_batch_size": 8}
-    finetune(model, out, observe=seen, data=rows(32, words=4000), fsdp=True, eval_data=None, **long)
+    long = {"max_length": 4096, "per_device_train_batch_size": 16}
+    finetune(model, out, observe=seen, data=rows(64, words=4000), fsdp=True, eval_data=None, **long)
     seen.profiler.stop()
     # Ranges that FSDP and torch.distributed name are shown on the card too, and last as long as the gather in them.
     on_card = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nbqlora.core.config import FinetuneConfig, validate
+from nbqlora.core.ranks import ALONE, Rank
 from nbqlora.core.request import CellRequest
 from nbqlora.hub.nearby import nearby_config
 from nbqlora.run.rehearsing import rehearsal_for, rehearse
@@ -75,14 +76,21 @@ def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
 def test_it_is_a_cards_business(folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    assert rehearse(config(folder)) == ""
+    assert rehearse(config(folder), ALONE, no_meeting) == ""
 
 
-def test_what_fails_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [ALONE, Rank(number=1, n=2, local=1, n_local=2)])
+def test_what_fails_is_said_and_no_other_rank_waits(folder: Path, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is found, and then does not start."""
     if torch.cuda.is_available():
         pytest.skip("the card would start")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    said = rehearse(config(folder))
+    met: list[bool] = []
+    said = rehearse(config(folder), rank, lambda: met.append(True))
     assert said.startswith("kernels are compiled when they are used first, not ahead: ")
     assert "\n" not in said and len(said) > 70
+    assert met == [True]
+
+
+def no_meeting() -> None:
+    raise AssertionError("nobody is there to meet")

@@ -15,9 +15,10 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import InterruptedRunError, NbqloraError
@@ -36,12 +37,13 @@ BEFORE_TRAINING = "interrupted before training began; nothing was saved"
 
 Prepare = Callable[[], Event | None]
 Work = Callable[[Observer], Report]
+T = TypeVar("T")
 
 
 def get_ready(config: FinetuneConfig, called: float) -> Event | None:
-    """What a run takes seconds for whatever its rows are: its imports, 6 s, and beside them its card.
+    """What a run takes seconds for whatever its rows are: its imports, 6 s, and beside them its ranks and its card.
 
-    That thread imports nothing of what this one does: two that import the same modules may each see half of them.
+    Those threads import nothing of what this one does: two that import the same modules may each see half of them.
 
     Args:
         called: when the user asked for the run, as ``Journal`` takes it.
@@ -52,48 +54,55 @@ def get_ready(config: FinetuneConfig, called: float) -> Event | None:
     Raises:
         RunError: this rank cannot join the others.
     """
-    from nbqlora.run.ranks import join_ahead
+    from nbqlora.core.ranks import rank_of
+    from nbqlora.run.ranks import join_ahead, meet
     from nbqlora.run.rehearsing import rehearse
 
-    imported = threading.Event()
+    rank, imported = rank_of(os.environ), threading.Event()
+    joining = Beside(partial(join_ahead, os.environ))
 
-    def start_card() -> str:
-        join_ahead(os.environ)
+    def others_are_here() -> None:
+        joining.result()
+        meet()
+
+    def rehearsing() -> str:
         imported.wait()
-        return rehearse(config)
+        return rehearse(config, rank, others_are_here)
 
-    card = Beside(start_card)
+    card = Beside(rehearsing)
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  autograd imports it when it is used first
 
     imported.set()
     import nbqlora.run.steps
     import nbqlora.train.trainer  # noqa: F401
 
+    joining.result()
     said = card.result()
     return NoteEvent(text=said, elapsed_seconds=time.perf_counter() - called) if said else None
 
 
-class Beside:
+class Beside(Generic[T]):
     """A call in another thread, which nobody waits for when the process ends: it may wait for a rank that is gone."""
 
-    def __init__(self, call: Callable[[], str]) -> None:
-        self._call, self._result = call, ""
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._result: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="nbqlora-beside", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._result = self._call()
+            self._result.append(self._call())
         except BaseException as error:
             self._error = error
 
-    def result(self) -> str:
+    def result(self) -> T:
         """Waits until it is done. Raises what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._result
+        return self._result[0]
 
 
 def main(line: Connection) -> int:
