@@ -222,7 +222,7 @@ class Job:
             peak=self._profile.read,
             clock=self._journal.clock,
             save_seconds=self._config.save_minutes * 60,
-            agree=self._ranks.agree_to_stop,
+            agree=lambda reason, due: trainer.stepping.agree_to_stop(reason, due),
         )
         trainer = QLoraTrainer(
             loaded=loaded,

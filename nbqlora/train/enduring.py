@@ -1,4 +1,4 @@
-"""Micro-batches, evaluations and optimizer steps that outlast a shortage of memory, with no row lost or counted twice.
+"""Micro-batches and evaluations that outlast a shortage of memory, with no row lost or counted twice.
 
 A micro-batch that fails in its backward has added some layers' gradients to those of the micro-batches before it. They
 cannot be told apart afterwards, and a copy made before each micro-batch would be paid by every step of every run: 170
@@ -7,10 +7,6 @@ step are at hand anyway (their rows are named if the loss is not finite), and wh
 bytes: the gradients are cleared and the step's micro-batches run again, with the same dropout. That costs at most one
 step's time once, and gives the same gradients bit for bit where the arithmetic does. A failure in the forward of a
 micro-batch has added nothing: only that one runs again.
-
-An optimizer's step must not stop half way, so what it allocates is made before: its states before step 1, and, for the
-one that needs temporary tensors, those just before the step, to lie in the allocator's cache. What then still fails
-fails before the step began.
 
 Where layers' weights are split over cards, ranks gather them from each other inside a micro-batch. So whatever became
 of an attempt here, behind it the rank took part in as many forwards and backwards as the others: their gathers wait for
@@ -26,17 +22,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from nbqlora.core.errors import MemoryExhaustedError
 from nbqlora.engine.head import IGNORED
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.engine.sharded import shards_of
 from nbqlora.train.batch import MicroBatch
 from nbqlora.train.ladder import Ladder
-from nbqlora.train.oom import EVAL, FORWARD, OPTIMIZER, Shortage, attempt, give_back
+from nbqlora.train.oom import EVAL, FORWARD, Shortage, attempt, give_back
 from nbqlora.train.ranks import Ranks
 from nbqlora.train.split import Batch, Collate, count_parts, in_parts, learned
 
-CUT_IN_TWO = "memory ran out in the middle of the optimizer's step, which cannot be taken back"
 T = TypeVar("T")
 # A batch, or a part of one, and the learned tokens of its step -> its share of the loss; gradients are added.
 RunPart = Callable[[Batch, Any], torch.Tensor]
@@ -130,25 +124,6 @@ class Enduring:
         """Before memory runs out: all ranks a rung lower where any was short; False where none was, or none is left."""
         found = self._ranks.agree(short)
         return found is not None and self._ladder.lower(found)
-
-    def once(self, work: Callable[[], T], *, is_whole: Callable[[], bool] = lambda: True) -> T:
-        """Work around the optimizer that can be done again from its beginning; memory can only be given back for it.
-
-        Args:
-            is_whole: whether a failure left everything as it was.
-
-        Raises:
-            MemoryExhaustedError: it does not fit, or failed in the middle of something.
-        """
-        tried = 0
-        while True:
-            found = attempt(work, self._device, phase=OPTIMIZER)
-            if not isinstance(found, Shortage):
-                return found
-            if not is_whole():
-                raise MemoryExhaustedError(CUT_IN_TWO, adapter_is_whole=False)
-            self._ladder.climb_down(found, tried=tried)
-            tried += 1
 
     @property
     def _device(self) -> torch.device:

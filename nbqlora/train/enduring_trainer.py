@@ -16,6 +16,7 @@ from nbqlora.train.ladder import Ladder, means_of
 from nbqlora.train.oom import EVAL, PROBE, Shortage
 from nbqlora.train.split import Batch, Collate
 from nbqlora.train.state import Generators
+from nbqlora.train.stepping import Stepping
 from nbqlora.train.whole_step import keep_whole, make_states
 
 
@@ -35,6 +36,7 @@ class EnduringTrainer(Trainer):
     data_collator: Any
     optimizer: Any
     enduring: Enduring
+    stepping: Stepping
 
     def endure(self, loaded: LoadedModel, ram_bytes: int, tell: TellShort) -> None:
         """Before training: everything from here on is tried again.
@@ -49,6 +51,7 @@ class EnduringTrainer(Trainer):
         self._rehearses = False
         ladder = Ladder(loaded, means_of(loaded, ram_bytes), self._tell_short)
         self.enduring = Enduring(loaded, ladder, self.run_part, lambda: self.model.zero_grad())
+        self.stepping = Stepping(loaded.device, ladder)
         self.add_callback(_ReadyOptimizer(self))
 
     def run_part(self, inputs: Batch, count: Any) -> torch.Tensor:
@@ -77,10 +80,26 @@ class EnduringTrainer(Trainer):
         total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
         return total / count.clamp(min=1), None, None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's.
+
+        Raises:
+            MemoryExhaustedError: an optimizer's step did not fit on another rank; the first one's is saved.
+        """
+        done = super().train(*args, **kwargs)
+        self.stepping.check_end()
+        return done
+
     def ready_optimizer(self) -> None:
-        """Before the first step: its optimizer has its states, and its step is whole or not begun."""
-        self.enduring.once(partial(make_states, self.optimizer.optimizer))
-        keep_whole(self.optimizer, self.enduring.once)
+        """Before the first step: its optimizer has its states, and its step is whole or not begun; on all ranks.
+
+        Raises:
+            MemoryExhaustedError: there is no room for the states, on one of them.
+        """
+        self.stepping.in_step(partial(make_states, self.optimizer.optimizer))
+        self.stepping.agree_to_stop("")
+        self.stepping.check_end()
+        keep_whole(self.optimizer, self.stepping.in_step)
 
     def rehearse(self, inputs: Batch) -> int:
         """Forward and backward of a micro-batch that belongs to no step, run until it fits; its gradients are dropped.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -48,10 +49,13 @@ class FiniteTrainer(EnduringTrainer):
             NonFiniteLossError: naming the rows, with the adapter as the last good step left it.
         """
         batches, self._micro_batches = self._micro_batches, []
-        losses = self.enduring.once(lambda: torch.stack([b.loss for b in batches]))
+        losses = self.stepping.in_step(lambda: torch.stack([b.loss for b in batches]))
+        if losses is None:  # the others wait for their sum all the same
+            losses = torch.tensor([float(b.loss) for b in batches])
         n_tokens = sum(count_tokens(b.inputs) for b in batches)
         if self._reads_later():
-            self._meter.numbers = self.enduring.once(lambda: self._sent(batches, losses, n_tokens))
+            send = partial(self._sent, batches, losses, n_tokens, self._sum_of_all(losses, n_tokens))
+            self._meter.numbers = self.stepping.in_step(send)
             self._norm = None
             return
         loss, n_tokens_of_all = self._ranks.total(float(losses.sum()), n_tokens)
@@ -66,15 +70,25 @@ class FiniteTrainer(EnduringTrainer):
         fused = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.AdamW)
         return self._loaded.micro_step().captures and fused and self._adapters is not None and not self.args.report_to
 
-    def _sent(self, batches: list[MicroBatch], losses: torch.Tensor, n_tokens: int) -> SentNumbers:
+    def _sum_of_all(self, losses: torch.Tensor, n_tokens: int) -> torch.Tensor | None:
+        """Loss and tokens of all ranks, on the card; no part of what may be tried again, for they are added once."""
+        if self._ranks.alone:
+            return None
+        device = self._loaded.device
+
+        def of_this() -> torch.Tensor:
+            loss = losses.to(device, torch.float64).sum()
+            return torch.stack([loss, torch.full_like(loss, n_tokens)])
+
+        return self._ranks.add_(self.stepping.once(of_this))
+
+    def _sent(
+        self, batches: list[MicroBatch], losses: torch.Tensor, n_tokens: int, of_all: torch.Tensor | None
+    ) -> SentNumbers:
         flat = self._adapters
         assert flat is not None
         norm = torch.linalg.vector_norm(flat.all_gradients()) if self._norm is None else self._norm
         figures = torch.cat([losses.float(), norm.float().reshape(1)])
-        of_all = None
-        if not self._ranks.alone:
-            own = torch.stack([losses.double().sum(), torch.full((), float(n_tokens), device=losses.device).double()])
-            of_all = self._ranks.add_(own)
         scaled = self.accelerator.scaler is not None
         if not scaled:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

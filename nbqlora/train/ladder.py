@@ -74,10 +74,14 @@ class Ladder:
         if found is not None:
             self._stand_on(found[0], short, found[1])
         elif tried == 0:
-            self._since_given_back = 0
+            self.gave_back()
             self._tell(short, GIVEN_BACK)
         else:
             raise self._exhausted(short)
+
+    def gave_back(self) -> None:
+        """Memory was given back, here or on a rank with which this one has to climb."""
+        self._since_given_back = 0
 
     def lower(self, short: Shortage) -> bool:
         """Stand a rung lower before memory runs out, and say so; False where nothing is left to lower."""

@@ -25,6 +25,8 @@ from nbqlora.train.stop import INTERRUPTED, TERMINATED, TIME_IS_UP
 PHASES = ("forward", "backward", "optimizer", "eval", "probe")
 ANOTHER = "another rank was asked to stop"
 REASONS = ("", ANOTHER, TIME_IS_UP, TERMINATED, INTERRUPTED)
+# Numbers that one agreement carries.
+CARRIED = 7
 T = TypeVar("T")
 
 
@@ -41,7 +43,7 @@ class Ranks:
         on_card = self._together and "cpu:" not in dist.get_backend_config()
         self._device = device if on_card else torch.device("cpu")
         if self._together:  # made while there is room
-            self._told = torch.zeros(7, dtype=torch.int64, device=self._device)
+            self._told = torch.zeros(CARRIED, dtype=torch.int64, device=self._device)
 
     @property
     def alone(self) -> bool:
@@ -69,21 +71,22 @@ class Ranks:
             n_documents=n_documents,
         )
 
-    def agree_to_stop(self, reason: str, due: bool = False) -> tuple[str, bool]:
-        """Why all end after this step, "" to go on; and whether a checkpoint is due anywhere."""
+    def agree_to_stop(self, reason: str, *here: bool) -> tuple[str, tuple[bool, ...]]:
+        """Why all end after this step, "" to go on; and of whatever else is asked whether it is so on any rank."""
         if not self._together:
-            return reason, due
+            return reason, here
         code = REASONS.index(reason if reason in REASONS else ANOTHER)
-        agreed, any_due, *_ = self._largest([code, due, 0, 0, 0, 0, 0])
-        return reason if agreed == code else REASONS[agreed], bool(any_due)
+        agreed, *anywhere = self._largest([code, *here])
+        told = tuple(bool(number) for number in anywhere[: len(here)])
+        return reason if agreed == code else REASONS[agreed], told
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
-        return bool(self._largest([here, 0, 0, 0, 0, 0, 0])[0]) if self._together else here
+        return bool(self._largest([here])[0]) if self._together else here
 
     def most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
-        return self._largest([number, 0, 0, 0, 0, 0, 0])[0] if self._together else number
+        return self._largest([number])[0] if self._together else number
 
     def total(self, *numbers: float) -> tuple[float, ...]:
         """The sum of each over all ranks, fp64."""
@@ -152,7 +155,7 @@ class Ranks:
         return self.gathered(result)[0]  # type: ignore[return-value]
 
     def _largest(self, numbers: Sequence[int]) -> list[int]:
-        self._told.copy_(torch.tensor(numbers, dtype=torch.int64))
+        self._told.copy_(torch.tensor([*numbers, *[0] * (CARRIED - len(numbers))], dtype=torch.int64))
         dist.all_reduce(self._told, op=dist.ReduceOp.MAX)
         found: list[int] = self._told.tolist()
         return found
@@ -165,6 +168,6 @@ def rank_in(ranks: Ranks, rank: Rank) -> Rank:
 
 def _numbers(short: Shortage | None) -> list[int]:
     if short is None:
-        return [0] * 7
+        return [0]
     figures = (short.asked_bytes or 0, short.on_host, short.capturing, short.tokens, short.n_documents)
     return [1, PHASES.index(short.phase), *map(int, figures)]

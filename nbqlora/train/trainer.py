@@ -7,7 +7,8 @@ GradScaler starts at 2**16 by default, which throws away the first steps of a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +81,15 @@ class QLoraTrainer(TogetherTrainer, FiniteTrainer, InterruptibleTrainer, Resumab
         )
         self.endure(loaded, ram_bytes, tell_short)
         self.train_together()
+        self._take_back(exact)
+
+    def _take_back(self, exact: Mapping[str, torch.Tensor]) -> None:
+        """Undo or replace what the constructors of TRL and Trainer did to the model, and hung on this instance.
+
+        Args:
+            exact: of each parameter that trains its values from before TRL cast them.
+        """
+        loaded = self._loaded
         for name, p in loaded.model.named_parameters():
             if name in exact:
                 p.data = exact[name]
@@ -88,7 +98,7 @@ class QLoraTrainer(TogetherTrainer, FiniteTrainer, InterruptibleTrainer, Resumab
         if self._adapters is not None:
             # Trainer clears gradients through the model, which looks at every module for them: 8 ms of a 1B model.
             loaded.model.zero_grad = self._adapters.clear_gradients
-        if arguments.fp16 and self.accelerator.scaler is not None:
+        if self.args.fp16 and self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler(loaded.device.type, init_scale=INITIAL_LOSS_SCALE)
 
     def _all_adapters(self) -> FlatAdapters | None:
@@ -175,9 +185,9 @@ class QLoraTrainer(TogetherTrainer, FiniteTrainer, InterruptibleTrainer, Resumab
         if flat is None:
             norm: torch.Tensor = super()._clip_grad_norm(model)
             return norm
-        self.enduring.once(self.accelerator.unscale_gradients)
-        self._norm = self.enduring.once(lambda: clip_(flat.all_gradients(), self.args.max_grad_norm))
-        return self._norm
+        self.stepping.in_step(self.accelerator.unscale_gradients)
+        self._norm = self.stepping.in_step(lambda: clip_(flat.all_gradients(), self.args.max_grad_norm))
+        return torch.tensor(math.nan) if self._norm is None else self._norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss a supervised token over all eval rows, not over batches."""
