@@ -31,13 +31,13 @@ _HOME = {
     "doctor": "nbqlora.api",
     "export_gguf": "nbqlora.api",
     "finetune": "nbqlora.api",
-    "load": "nbqlora.api",
+    "load": "nbqlora.own_loop",
     "memory_table": "nbqlora.api",
     "merge": "nbqlora.api",
-    "optimize": "nbqlora.api",
+    "optimize": "nbqlora.own_loop",
     "plan": "nbqlora.api",
     "planner_widget": "nbqlora.notebook.planner_widget",
-    "restore": "nbqlora.api",
+    "restore": "nbqlora.own_loop",
     "timeline": "nbqlora.notebook.timeline",
     "vram": "nbqlora.api",
 }
@@ -49,12 +49,9 @@ if TYPE_CHECKING:
         doctor,
         export_gguf,
         finetune,
-        load,
         memory_table,
         merge,
-        optimize,
         plan,
-        restore,
         vram,
     )
     from nbqlora.core.data_report import DataReport
@@ -67,6 +64,7 @@ if TYPE_CHECKING:
     from nbqlora.notebook.compare_widget import compare_widget
     from nbqlora.notebook.planner_widget import planner_widget
     from nbqlora.notebook.timeline import timeline
+    from nbqlora.own_loop import load, optimize, restore
     from nbqlora.run import Run
 
 

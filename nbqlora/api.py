@@ -17,13 +17,12 @@ from nbqlora.core.events import Observer
 from nbqlora.core.fit import FitReport
 from nbqlora.core.memory_table import MemoryTable
 from nbqlora.core.merged import MergeReport
-from nbqlora.core.plan import Plan, Replacement
+from nbqlora.core.plan import Plan
 from nbqlora.core.report import VramReport
 from nbqlora.core.request import CellRequest, lines_of
 from nbqlora.memory import probe
 
 if TYPE_CHECKING:
-    from nbqlora.engine.loaded import LoadedModel
     from nbqlora.hub.gguf import ExportedGguf
     from nbqlora.run import Run
     from nbqlora.run.sources import MergeSource
@@ -215,52 +214,3 @@ def _source(adapter: Adapters, model: str | None, trust_remote_code: bool) -> Me
 
     folders = [adapter] if isinstance(adapter, (str, PathLike)) else adapter
     return source_of_folders([Path(each).expanduser() for each in folders], model, trust_remote_code=trust_remote_code)
-
-
-def load(model: str, **options: Any) -> LoadedModel:
-    """A model in NF4 with fresh adapters and the fused layers, for a loop of one's own or any TRL trainer.
-
-    It is planned for micro-batches of ``per_device_train_batch_size`` rows of ``max_length`` tokens, all learned.
-
-    Args:
-        model: a hub id, a folder, or ``"demo"``.
-        **options: those of :func:`finetune` except ``data``.
-
-    Returns:
-        ``.model``, a ``PeftModel`` with PEFT's names; ``.optimizer(learning_rate=...)``; ``.train_step(optimizer,
-        input_ids=, labels=)``, one whole step, captured where it can be; ``.plan``, ``.replacements``.
-
-    Raises:
-        ConfigError, DoesNotFitError, ModelError: as :func:`finetune`.
-
-    Example:
-        >>> loaded = nbqlora.load("demo", max_length=512, per_device_train_batch_size=2)
-        >>> optimizer = loaded.optimizer(learning_rate=2e-4)
-        >>> loss = loaded.train_step(optimizer, input_ids=ids, labels=ids)
-    """
-    from nbqlora.run.loading import load_to_train
-
-    return load_to_train(model, options)
-
-
-def optimize(model: Any, plan: Plan | None = None) -> tuple[Replacement, ...]:
-    """Put the fused layers on a model that is loaded already: a ``PeftModel``, NF4 or not.
-
-    Instances are changed, never classes; :func:`restore` undoes it.
-
-    Args:
-        plan: for the layers' policies; None keeps everything.
-
-    Returns:
-        What was replaced, and what was looked at and left, each with the reason.
-    """
-    from nbqlora.engine.optimize import optimize as put_on
-
-    return put_on(model, plan)
-
-
-def restore(model: Any) -> None:
-    """Undo :func:`optimize`; parameters and gradients keep their values."""
-    from nbqlora.engine.optimize import restore as take_off
-
-    take_off(model)

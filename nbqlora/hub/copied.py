@@ -99,9 +99,7 @@ def copy_checked(
     hidden = hidden_beside(target)
     try:
         for file in files:
-            to = hidden / file.relative_to(source) if source.is_dir() else hidden
-            to.parent.mkdir(parents=True, exist_ok=True)
-            _compare(to, file.stat().st_size, copy(file, to, moved), moved)
+            _copy_compared(file, hidden / file.relative_to(source) if source.is_dir() else hidden, copy, moved)
         if target.is_dir():
             keep(target, hidden)
         _check_there(target, is_there)
@@ -128,6 +126,11 @@ def _check_there(target: Path, is_there: Callable[[], bool]) -> None:
 def _check_room(folder: Path, n_bytes: int) -> None:
     if shutil.disk_usage(folder).free < n_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _copy_compared(file: Path, to: Path, copy: CopyFile, moved: Moved) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    _compare(to, file.stat().st_size, copy(file, to, moved), moved)
 
 
 def _compare(copied: Path, n_bytes: int, digest: str, moved: Moved) -> None:

@@ -132,7 +132,26 @@ def write_merged(
     kept = _n_bytes({file: shards[file] for file in written})
     done_already = f" (its whole shards, {format_bytes(kept)}, stay)" if kept else ""
     check_room(f"{'the rest of ' if kept else ''}{target.name}{done_already}", total - kept + ROOM_BYTES, work)
-    done = kept
+    _write_rest(work, model, shards, written, identity, say)
+    _finish(work, model, dtype, shards, written, identity)
+    replace_folder(work, target)
+    return MergedFiles(folder=target, files=tuple(shards), n_bytes=total, kept_bytes=kept)
+
+
+def _n_bytes(shards: Mapping[str, Sequence[Entry]]) -> int:
+    return sum(entry.n_bytes for entries in shards.values() for entry in entries)
+
+
+def _write_rest(
+    work: Path,
+    model: MergedModel,
+    shards: Mapping[str, tuple[Entry, ...]],
+    written: dict[str, Written],
+    identity: Mapping[str, Any],
+    say: Progress,
+) -> None:
+    """The shards that are not whole yet, each added to ``written`` and noted in the journal."""
+    total, done = _n_bytes(shards), _n_bytes({file: shards[file] for file in written})
 
     def add(n_bytes: int) -> None:
         nonlocal done
@@ -143,13 +162,6 @@ def write_merged(
         if file not in written:
             written[file] = write_shard(work / file, entries, model.pieces_as, add)
             note(work, identity, written)
-    _finish(work, model, dtype, shards, written, identity)
-    replace_folder(work, target)
-    return MergedFiles(folder=target, files=tuple(shards), n_bytes=total, kept_bytes=kept)
-
-
-def _n_bytes(shards: Mapping[str, Sequence[Entry]]) -> int:
-    return sum(entry.n_bytes for entries in shards.values() for entry in entries)
 
 
 def _finish(

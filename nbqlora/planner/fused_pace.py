@@ -65,9 +65,7 @@ def fused_pace(
     kernel = choose_kernel(family, device, dtype, model.head_dim, dense=dense)[0]
     layer = _Layer(model, device, DTYPE_BYTES[dtype], load, kernel, quantized)
     (d, f), whole = (model.d_model, model.d_ff), model.n_linear_params / model.n_layers
-    captured = not not_captured_because(family, model, device, dtype, shards=shards)
-    gap = CAPTURED_SECONDS_PER_LAYER if captured else 0.0
-    host = 0.0 if captured or device.kind == "cpu" else HOST_SECONDS_PER_LAYER * load.accumulation
+    gap, host = _launching_seconds(family, model, device, dtype, load, shards)
     kept = layer.seconds(products=2 * whole, attention=7, moved=40 * d + 12 * f) + gap
     again = layer.seconds(products=whole - d * f, attention=2, moved=14 * d) + gap / 4
     mlp = layer.seconds(products=2 * d * f, attention=0, moved=3 * d) + gap / 8
@@ -89,6 +87,15 @@ def fused_pace(
         measured=device.matmul_flops is not None,
         gather=n * sent_bytes(model, shards) / link_rate(device)[0],
     )
+
+
+def _launching_seconds(
+    family: Family, model: ModelSpec, device: DeviceSpec, dtype: str, load: Load, shards: int
+) -> tuple[float, float]:
+    """Of one layer: what lies between its captured kernels, and what the host needs to launch those that are not."""
+    if not not_captured_because(family, model, device, dtype, shards=shards):
+        return CAPTURED_SECONDS_PER_LAYER, 0.0
+    return 0.0, 0.0 if device.kind == "cpu" else HOST_SECONDS_PER_LAYER * load.accumulation
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,7 @@ def export(
         ModelError: base or adapter cannot be merged, or llama.cpp cannot run the model; nothing was written.
         OutOfDiskError, DiskError: the disk is too small, or refuses; nothing is left of the attempt.
     """
-    if base not in BASES:
-        raise ConfigError([Problem(key="base", message=f"{base!r} is none of {', '.join(BASES)}")], "the export")
+    _check_base(base)
     share = check_share(maximum_memory_usage)
     shown, path = str(path), path.expanduser().absolute()
     spill = Path(temporary_location).expanduser() if temporary_location else path.parent
@@ -56,3 +55,8 @@ def export(
             say=lambda done, what: show(int(done * files.stored.n_bytes), files.stored.n_bytes),
         )
         return replace(exported, path=shown)
+
+
+def _check_base(base: str) -> None:
+    if base not in BASES:
+        raise ConfigError([Problem(key="base", message=f"{base!r} is none of {', '.join(BASES)}")], "the export")

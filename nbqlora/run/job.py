@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import InterruptedRunError, MemoryExhaustedError, NonFiniteLossError, clear_frames
-from nbqlora.core.events import Event, PlannedEvent, SavedEvent, StepEvent, StoppedEvent
-from nbqlora.core.plan import Replacement, SavedAdapter
+from nbqlora.core.events import Event, PlannedEvent, StepEvent, StoppedEvent
+from nbqlora.core.plan import Replacement
 from nbqlora.core.report import Report, Status
 from nbqlora.core.specs import BatchLayout
 from nbqlora.core.units import format_minutes
 from nbqlora.engine.loaded import LoadedModel
 from nbqlora.engine.optimize import restore
 from nbqlora.engine.packing import PackingProbe
-from nbqlora.hub.atomic import save_json
 from nbqlora.hub.checkpoint import load_adapter_weights
 from nbqlora.hub.load import load
 from nbqlora.planner.embedding import inputs_bytes
 from nbqlora.planner.probed import probes
 from nbqlora.run.copies import Copies
+from nbqlora.run.ending import Ending
 from nbqlora.run.history import unpack_events
 from nbqlora.run.holdings import hold, profile_on
 from nbqlora.run.journal import Journal
-from nbqlora.run.keeping import reload_adapter, save_somewhere
+from nbqlora.run.keeping import reload_adapter
 from nbqlora.run.layout import probe_loaded, settle
 from nbqlora.run.loading import prepare
 from nbqlora.run.look import Look
@@ -34,7 +33,6 @@ from nbqlora.run.result import Run
 from nbqlora.run.resume import Beginning, begin, resumed
 from nbqlora.run.saver import Saver, keep_limit, training_state
 from nbqlora.run.session import Session, collect, free_pages
-from nbqlora.run.versions import versions
 from nbqlora.train.ranks import Ranks
 from nbqlora.train.state import TrainingState
 from nbqlora.train.stop import Stop
@@ -81,6 +79,10 @@ class Job:
         writes = self._ranks.first
         self._saver = Saver(self._config, beginning, seen.work_dir, self.session, self._journal, writes=writes)
         self._copies = Copies(seen, beginning, keep_limit(self._config), self._journal, writes=writes)
+        self._ending = Ending(
+            self._config, self._name, seen.work_dir, session=self.session, journal=self._journal,
+            profile=self._profile, copies=self._copies, ranks=self._ranks,
+        )  # fmt: skip
 
     def hint(self) -> str:
         """A line on where to go on after a failure; "" before the first checkpoint and behind the last."""
@@ -153,25 +155,18 @@ class Job:
         status: Status = "failed" if failure else "stopped" if stopped else "done"
         with self._stop.held():
             # The loss is that of all ranks, so all of them come here; what else failed may have failed on this one.
-            saved, not_there = self._kept(alone=failure is not None and not isinstance(failure, NonFiniteLossError))
-            why = ["interrupted twice"] if twice else stopped[:1]
-            report = self._finish(status, saved, "; ".join([*why, *filter(None, [not_there])]))
+            alone = failure is not None and not isinstance(failure, NonFiniteLossError)
+            saved, not_there = self._ending.saved(alone=alone)
+            why = [*(["interrupted twice"] if twice else stopped[:1]), *filter(None, [not_there])]
+            report = self._ending.report(
+                status, saved, why, peak_bytes=self._peak_bytes, replacements=self._replacements
+            )
         if twice:
             kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
             raise InterruptedRunError(f"interrupted in the middle of a step; {kept}")
         if failure:
             raise failure
         return report
-
-    def _kept(self, *, alone: bool) -> tuple[SavedAdapter | None, str]:
-        """The adapter, saved and copied by the first rank, and what is not where it should be.
-
-        Args:
-            alone: the others may not come here: this rank does not wait for them.
-        """
-        if alone:
-            return self._copies.adapter(self._save()) if self._ranks.first else (None, "")
-        return self._ranks.from_first(lambda: self._copies.adapter(self._save()))
 
     def _checkpoint_now(self, state: TrainingState) -> None:
         told = len(self._journal.events)
@@ -247,42 +242,3 @@ class Job:
         if isinstance(event, StepEvent) and event.step == self._begins_after + 1 < event.total_steps:
             minutes = format_minutes(event.seconds * (event.total_steps - self._begins_after))
             self._journal.note(f"the first step took {event.seconds:.1f} s: {minutes} of training")
-
-    def _save(self) -> SavedAdapter | None:
-        steps = self._journal.steps()
-        if not steps:
-            return None
-        self._journal.phase("save")
-        self._profile.start("save")
-        loaded = self._loaded()
-        saved = save_somewhere(loaded, self._seen.work_dir, self._config.model, self._journal.note)
-        event = SavedEvent(
-            step=steps[-1].step, path=saved.path, n_bytes=saved.n_bytes, elapsed_seconds=self._journal.clock()
-        )
-        self._journal.emit(event)
-        return saved
-
-    def _finish(self, status: Status, saved: SavedAdapter | None, reason: str = "") -> Report:
-        report = Report(
-            name=self._name,
-            plan=self._loaded().plan or self.plan,
-            status=status,
-            reason=reason,
-            events=tuple(self._journal.events),
-            tokens_per_second=self._journal.tokens_per_second(),
-            measured_peak_bytes=self._peak_bytes,
-            memory=self._profile.snapshot(),
-            seconds=self._journal.clock(),
-            adapter=saved,
-            replacements=self._replacements,
-            versions=versions(),
-        )
-        file = self._seen.work_dir / "run.json"
-        if not self._ranks.first:
-            return report
-        try:
-            save_json({"config": self._config.as_dict(), **report.as_dict()}, file)
-        except OSError as error:  # a full disk: the adapter is saved, and must not be lost with its record
-            return replace(report, reason="; ".join(filter(None, [report.reason, f"no {file}: {error}"])))
-        self._copies.file(file)
-        return report

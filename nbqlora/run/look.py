@@ -89,21 +89,9 @@ def look(
     here = device is None
     notes = preflight(config, output_dir) if here else ()
     location = place_of(config, say)
-    spec = read_spec(config.model, location, trust_remote_code=config.trust_remote_code)
-    _check_targets(config, spec)
-    if here:
-        check_download(spec)
-    saving = where_to_save(config, spec, output_dir) if here else Saving(work_dir=output_dir)
-    tokenizer = tokenizer_of(config, location)
-    layout = choose_layout(config, location)
-    if rows is None:
-        train, evaluation = read_both(config, tokenizer, layout, say)
-    else:
-        train = rows[0].opened().with_layout(*layout)
-        evaluation = None if rows[1] is None else rows[1].opened().with_layout(*layout)
-    if not torch.cuda.is_available():
-        # On a CPU the process itself counts, with all libraries that the run will import.
-        import nbqlora.train.trainer  # noqa: F401
+    spec, saving = _model(config, location, output_dir, here=here)
+    tokenizer, train, evaluation = _tokens(config, location, rows, say)
+    _import_what_counts()
     return Look(
         location=location,
         spec=spec,
@@ -115,6 +103,35 @@ def look(
         work_dir=saving.work_dir,
         notes=tuple(n for n in (ephemeral_note(output_dir.absolute(), os.environ), *saving.notes, *notes) if n),
     )
+
+
+def _model(config: FinetuneConfig, location: str, output_dir: Path, *, here: bool) -> tuple[ModelSpec, Saving]:
+    """The model's shapes, and where its run writes; on this machine only if download and files have room."""
+    spec = read_spec(config.model, location, trust_remote_code=config.trust_remote_code)
+    _check_targets(config, spec)
+    if not here:
+        return spec, Saving(work_dir=output_dir)
+    check_download(spec)
+    return spec, where_to_save(config, spec, output_dir)
+
+
+def _tokens(
+    config: FinetuneConfig, location: str, rows: HandedPair | None, say: Callable[[str], None]
+) -> tuple[Any, EncodedData, EncodedData | None]:
+    """The tokenizer and the rows, read here unless another process did."""
+    tokenizer = tokenizer_of(config, location)
+    layout = choose_layout(config, location)
+    if rows is None:
+        return tokenizer, *read_both(config, tokenizer, layout, say)
+    train, evaluation = rows
+    opened = None if evaluation is None else evaluation.opened().with_layout(*layout)
+    return tokenizer, train.opened().with_layout(*layout), opened
+
+
+def _import_what_counts() -> None:
+    """On a CPU the process itself counts, with all libraries that the run will import."""
+    if not torch.cuda.is_available():
+        import nbqlora.train.trainer  # noqa: F401
 
 
 def read_both(

@@ -22,7 +22,7 @@ from nbqlora.hub.base_weights import OriginalWeights
 from nbqlora.hub.check_merged import PROMPTS, check_merged
 from nbqlora.hub.inspect import read_tokenizer
 from nbqlora.hub.lora_files import CONFIG, WEIGHTS
-from nbqlora.hub.merge import DTYPES, Progress, check_target, parse_size, work_folder, write_merged
+from nbqlora.hub.merge import DTYPES, MergedFiles, Progress, check_target, parse_size, work_folder, write_merged
 from nbqlora.hub.merge_journal import identity_of
 from nbqlora.hub.merged import MergedModel
 from nbqlora.hub.refused import disk_errors
@@ -90,18 +90,7 @@ def merge(
     spill = Path(settings.temporary_location).expanduser() if settings.temporary_location else work_folder(target)
     keep = settings.temporary_location is None
     with opened(source, settings.base, settings.maximum_memory_usage, spill, keep_folder=keep) as files:
-        told = disk_errors(f"{target} cannot be written", "what is whole of it stays: run it again when that is mended")
-        # NF4 made again is bound by arithmetic: 16 GB took 212 s on one core, the writing of it 30.
-        with told, _a_core_for_the_disk() if settings.base == "original" else nullcontext():
-            done = write_merged(
-                target,
-                files.model,
-                _identity(source, settings, files),
-                dtype=settings.dtype,
-                max_shard_bytes=parse_size(settings.max_shard_size),
-                check_room=check_room_for,
-                say=say("merge") if say else lambda done, total: None,
-            )
+        done = _write(source, target, settings, files, say("merge") if say else lambda done, total: None)
         return MergeReport(
             path=shown,
             base=settings.base,
@@ -114,6 +103,21 @@ def merge(
             device=str(files.device),
             check=_check(target, source, files) if settings.check else None,
             seconds=time.monotonic() - begun,
+        )
+
+
+def _write(source: MergeSource, target: Path, settings: MergeSettings, files: Opened, say: Progress) -> MergedFiles:
+    told = disk_errors(f"{target} cannot be written", "what is whole of it stays: run it again when that is mended")
+    # NF4 made again is bound by arithmetic: 16 GB took 212 s on one core, the writing of it 30.
+    with told, _a_core_for_the_disk() if settings.base == "original" else nullcontext():
+        return write_merged(
+            target,
+            files.model,
+            _identity(source, settings, files),
+            dtype=settings.dtype,
+            max_shard_bytes=parse_size(settings.max_shard_size),
+            check_room=check_room_for,
+            say=say,
         )
 
 

@@ -121,7 +121,6 @@ def finetune_config(
     free_all()
     journal = Journal(observe, called)
     job: Job | None = None
-    failure: NbqloraError
     try:
         n = workers_asked(config, os.environ)
         if n > 1:
@@ -129,24 +128,15 @@ def finetune_config(
         with joined(os.environ) as rank, quiet_libraries(progress_bars=True):
             job = _planned(config, journal, rows, rank, name=name, resume=resume, how=how)
             return job.do()
-    except torch.OutOfMemoryError as error:
-        clear_frames(error)
-        if job is None:
-            raise
-        failure = DoesNotFitError(_out_of_memory(job.plan, error) + job.hint())
-    except NbqloraError as error:
-        clear_frames(error)
-        failure = _with_advice(error, config, job, journal.events).with_traceback(None)
-    except KeyboardInterrupt as error:
-        clear_frames(error)
-        failure = InterruptedRunError(_interrupted(journal) + (job.hint() if job else ""))
     except BaseException as error:
         clear_frames(error)
-        if job is not None:
-            job.session.free()
-            if job.hint():
-                error.add_note(job.hint())
-        raise
+        failure = _in_our_words(error, config, job, journal)
+        if failure is None:
+            if job is not None:
+                job.session.free()
+                if job.hint():
+                    error.add_note(job.hint())
+            raise
     if job is not None:
         job.session.free()
     raise failure from None
@@ -167,6 +157,19 @@ def _planned(
     job = Job(config, seen, beginning, name=name, journal=journal, how=how, again=finetune_config, ranks=ranks)
     journal.emit(PlannedEvent(plan=beginning.plan, elapsed_seconds=journal.clock()))
     return job
+
+
+def _in_our_words(
+    error: BaseException, config: FinetuneConfig, job: Job | None, journal: Journal
+) -> NbqloraError | None:
+    """What a run ends with, and what to do now; None for an error that is shown as it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None if job is None else DoesNotFitError(_out_of_memory(job.plan, error) + job.hint())
+    if isinstance(error, NbqloraError):
+        return _with_advice(error, config, job, journal.events).with_traceback(None)
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedRunError(_interrupted(journal) + (job.hint() if job else ""))
+    return None
 
 
 def _with_advice(error: NbqloraError, config: FinetuneConfig, job: Job | None, events: Sequence[Event]) -> NbqloraError:

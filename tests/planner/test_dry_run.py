@@ -23,7 +23,7 @@ from nbqlora.engine.layer import Call, Layer
 from nbqlora.engine.layer_backward import layer_backward
 from nbqlora.engine.layer_forward import layer_forward
 from nbqlora.engine.match import read_layer
-from nbqlora.engine.optimize import _adapters, _scratch_bytes
+from nbqlora.engine.optimize import flat_adapters, scratch_bytes
 from nbqlora.kernels.nf4 import Nf4
 from nbqlora.memory.arena import DequantArena
 from nbqlora.planner.attention import Attended, Kernel
@@ -99,9 +99,9 @@ def dry_layer(shape: str, dtype: str, layout: BatchLayout) -> DryLayer:
         group.quantized = True
         for projection in group.projections:
             projection.weight = nf4(projection.n_out, projection.n_in)
-    scratch.arena.n_bytes = _scratch_bytes(layer, kind)
+    scratch.arena.n_bytes = scratch_bytes(layer, kind)
     scratch.arena.take(1, 1, torch.uint8)  # it stays
-    scratch.adapters = _adapters({"layer": layer}, kind)
+    scratch.adapters = flat_adapters({"layer": layer}, kind)
     scratch.needed_adapters().all_gradients()
     documents = LAYOUTS[layout]()
     angles = torch.empty(documents.tokens, spec.head_dim, dtype=kind, device="meta")

@@ -71,13 +71,7 @@ def read_vocabulary(tokenizer: Any, config: Any, folder: Path, rows: int) -> Voc
     Raises:
         ModelError: llama.cpp could not tokenize alike.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"the tokenizer is a {type(tokenizer).__name__} without tokenizer.json, which GGUF is written from; "
-            "save it with tokenizer.save_pretrained from a class that has one"
-        )
-    raw = json.loads(backend.to_str())
+    raw = _as_loaded(tokenizer)
     _check_model(raw["model"])
     tokens, kinds, notes = _tokens(raw, rows, tokenizer.unk_token if is_pieces(raw) else None)
     merges = [_pair(merge) for merge in raw["model"]["merges"]]
@@ -103,6 +97,17 @@ def read_vocabulary(tokenizer: Any, config: Any, folder: Path, rows: int) -> Voc
         space_first=space_first,
         notes=tuple(notes),
     )
+
+
+def _as_loaded(tokenizer: Any) -> dict[str, Any]:
+    """What ``tokenizer.json`` would hold of the tokenizer as transformers made it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"the tokenizer is a {type(tokenizer).__name__} without tokenizer.json, which GGUF is written from; "
+            "save it with tokenizer.save_pretrained from a class that has one"
+        )
+    return dict(json.loads(backend.to_str()))
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
