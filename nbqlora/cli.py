@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "finetune":
             command.add_argument("--resume", action="store_true", help="go on from the run's furthest checkpoint")
         else:
-            command.add_argument("--gpus", type=int, metavar="N", help="plan for N cards a machine")
+            command.add_argument("--gpus", type=_cards, metavar="N", help="plan for N cards a machine, or all")
             command.add_argument("--nodes", type=int, default=1, metavar="M", help="and for M such machines (1)")
     _add_saving(commands)
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--output-dir", default=".", help="where a run would write (runs/NAME, from here)")
     doctor.set_defaults(do=_doctor)
     return parser
+
+
+def _cards(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of cards or all, got {text}")
+    return text if text == "all" else int(text)
 
 
 def _add_saving(commands: Any) -> None:

@@ -137,6 +137,10 @@ class TrainingError(NbqloraError, RuntimeError):
     """Training failed; the message says where and what was kept."""
 
 
+class LostRankError(TrainingError):
+    """Another of the processes that train together is gone."""
+
+
 class NonFiniteLossError(TrainingError, ArithmeticError):
     """The loss became NaN or infinite; the message names the rows of the batch."""
 

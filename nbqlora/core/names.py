@@ -52,6 +52,13 @@ REFUSED_TRL = {
     "label_smoothing_factor": "only the likelihood loss is implemented",
     "fsdp_config": "only the layers' NF4 weights are ever split; fsdp at the top level says whether",
     "deepspeed": "gpus trains on several cards, and fsdp splits a model over them",
+    "parallelism_config": "gpus trains on several cards, and fsdp splits a model over them",
+    "ddp_backend": "gpus starts the processes, with NCCL between cards and gloo between CPUs",
+    "ddp_timeout": "ranks wait 30 minutes for each other",
+    **dict.fromkeys(
+        ("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph"),
+        "adapters' gradients are added in one all-reduce, without DDP",
+    ),
 }  # fmt: skip
 REFUSED_PEFT = {
     "r": "write lora_r", "task_type": "it is always CAUSAL_LM", "inference_mode": "a run trains",

@@ -9,7 +9,8 @@ model's widths has them all. What a shape does not tell (a bias, a partial rotat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +119,17 @@ class Rehearsal:
 
     def run(self) -> None:
         """Do it, and give the memory back: a layer's weights, 0.3 GiB for an 8B's with its scratch."""
-        for kind, lengths in self.attention_calls():
-            self._layer(kind, lengths)
-        self._stock_attention()
-        self._head()
-        self._leave_nothing()
+        with self._left_as_it_was():
+            for kind, lengths in self.attention_calls():
+                self._layer(kind, lengths)
+            self._stock_attention()
+            self._head()
 
     def run_share(self, number: int, n: int) -> None:
         """Only so that one of ``n`` processes of a machine compiles its share of the kernels, into Triton's cache."""
-        with launches_of_a_share(number, n):
+        with self._left_as_it_was(), launches_of_a_share(number, n):
             self._layer(*self.attention_calls()[0])
             self._head()
-        self._leave_nothing()
 
     def _layer(self, kind: AttentionKind, lengths: tuple[int, ...]) -> None:
         """Forward and backward, with documents of these lengths."""
@@ -147,11 +147,15 @@ class Rehearsal:
         logits = self._zeros(n, self.shape.vocab_size, dtype=self.dtype)
         cross_entropy_(logits, self._zeros(n, dtype=torch.int64), factor=1.0)
 
-    def _leave_nothing(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            free_workspaces()
-            torch.cuda.empty_cache()
+    @contextmanager
+    def _left_as_it_was(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                free_workspaces()
+                torch.cuda.empty_cache()
 
     def attention_calls(self) -> list[tuple[AttentionKind, tuple[int, ...]]]:
         """What computes attention, of documents of which lengths: in a layer's probe, in rows alone and end to end."""

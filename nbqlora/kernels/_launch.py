@@ -52,12 +52,13 @@ def launches_of_a_share(number: int, n: int) -> Iterator[None]:
     threads beside which nothing is launched.
     """
     met: dict[tuple[Any, ...], int] = {}
-    for kernel in _kernels:
+    kernels = tuple(_kernels)  # one that is declared meanwhile is launched as ever
+    for kernel in kernels:
         kernel.run = partial(_in_turn, met, number, n, kernel, kernel.run)
     try:
         yield
     finally:
-        for kernel in _kernels:
+        for kernel in kernels:
             del kernel.run
 
 

@@ -119,6 +119,8 @@ def _why_limit(config: FinetuneConfig, device: DeviceSpec) -> str:
         cut = usable_bytes(config, device) < int(config.vram_gib * GIB)
         return f"all that is free; vram_gib = {config.vram_gib:g} is more" if cut else "pinned by vram_gib"
     if device.kind == "cpu":
-        return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve"
+        n = config.gpus if isinstance(config.gpus, int) else 1
+        shared = f", shared by {n} processes" if n > 1 else ""
+        return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve{shared}"
     context = f"context {format_bytes(device.context_bytes)}, " if device.context_bytes else ""
     return f"{context}reserve {format_bytes(FRAGMENTATION_BYTES)} for fragmentation"

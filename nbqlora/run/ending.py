@@ -68,7 +68,7 @@ class Ending:
         saved: SavedAdapter | None,
         reasons: Sequence[str],
         *,
-        peak_bytes: int,
+        peaks: tuple[int, ...],
         replacements: tuple[Replacement, ...],
     ) -> Report:
         """The run's report, which the first rank writes down.
@@ -76,7 +76,7 @@ class Ending:
         Args:
             saved: what :meth:`saved` gave.
             reasons: why it ended before its last step, and what is not where it should be.
-            peak_bytes: highest memory allocated while training.
+            peaks: highest memory allocated while training, of this process or of all ranks.
             replacements: what was changed on the model, and what was left.
         """
         loaded = self._loaded()
@@ -88,7 +88,8 @@ class Ending:
             reason="; ".join(reasons),
             events=tuple(self._journal.events),
             tokens_per_second=self._journal.tokens_per_second(),
-            measured_peak_bytes=peak_bytes,
+            measured_peak_bytes=max(peaks),
+            rank_peaks=peaks if len(peaks) > 1 else (),
             memory=self._profile.snapshot(),
             seconds=self._journal.clock(),
             adapter=saved,

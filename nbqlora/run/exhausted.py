@@ -14,18 +14,21 @@ from nbqlora.planner.advice import LENGTH_STEP, longest_that_fits
 
 
 def with_what_fits(
-    error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, events: Iterable[Event], hint: str
+    error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, events: Iterable[Event], hint: str, *, writes: bool
 ) -> MemoryExhaustedError:
     """The same error, with what to do about it.
 
     Args:
         hint: a line on how to resume; "" for none.
+        writes: this process saves; another one knows what was saved where it does not.
     """
     room = plan.usable_bytes if error.room_bytes is None else min(plan.usable_bytes, error.room_bytes)
     saved = [e for e in events if isinstance(e, SavedEvent)]
     kept = f"the adapter of step {saved[-1].step} is in {saved[-1].path}" if saved else "no step was taken before it"
     if not error.adapter_is_whole:
         kept = f"what was saved last is {saved[-1].path}" if saved else "nothing was saved"
+    if not writes:
+        kept = "rank 0 says what was kept"
     lines = [
         f"{plan.device.name}: {error}",
         f"  {_what_fits(error, config, plan, room)}",
@@ -36,6 +39,8 @@ def with_what_fits(
 
 def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, room: int) -> str:
     had = f"in the {format_bytes(room)} that this run could have"
+    if not error.tokens:  # the optimizer's step; no row is too long for it
+        return f"{_smaller_optimizer(config)} {had}"
     as_planned = replace(config, gpus=plan.n_cards, fsdp=plan.shards > 1)
     model = replace(plan.model, embedding_on_host=plan.offload_embedding)
     found, _ = longest_that_fits(as_planned, model, plan.device, plan.data, plan.dtype, room)
@@ -44,3 +49,9 @@ def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, 
     if found:
         return f"max_length = {found} fits {had}"
     return f"no max_length fits {had}: a smaller model does, or a card that other processes leave alone"
+
+
+def _smaller_optimizer(config: FinetuneConfig) -> str:
+    if config.optim != "adamw_8bit":
+        return 'optim = "adamw_8bit" needs a quarter of the optimizer\'s states'
+    return f"lora_r = {max(1, config.lora_r // 2)} needs half of the optimizer's states"

@@ -84,6 +84,11 @@ class Job:
             profile=self._profile, copies=self._copies, ranks=self._ranks,
         )  # fmt: skip
 
+    @property
+    def writes(self) -> bool:
+        """This process saves, and knows what was saved."""
+        return self._ranks.first
+
     def hint(self) -> str:
         """A line on where to go on after a failure; "" before the first checkpoint and behind the last."""
         step, total = self._saver.furthest, self.plan.total_steps
@@ -158,9 +163,8 @@ class Job:
             alone = failure is not None and not isinstance(failure, NonFiniteLossError)
             saved, not_there = self._ending.saved(alone=alone)
             why = [*(["interrupted twice"] if twice else stopped[:1]), *filter(None, [not_there])]
-            report = self._ending.report(
-                status, saved, why, peak_bytes=self._peak_bytes, replacements=self._replacements
-            )
+            peaks = (self._peak_bytes,) if alone else tuple(self._ranks.gathered(self._peak_bytes))
+            report = self._ending.report(status, saved, why, peaks=peaks, replacements=self._replacements)
         if twice:
             kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
             raise InterruptedRunError(f"interrupted in the middle of a step; {kept}")

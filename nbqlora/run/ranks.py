@@ -10,8 +10,9 @@ A rank sees its own card alone, as card 0, so nothing else in the job has to kno
 from __future__ import annotations
 
 import json
+import socket
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -28,6 +29,7 @@ from nbqlora.core.errors import RunError
 from nbqlora.core.ranks import Rank, rank_of, see_one_card, without_signs
 from nbqlora.core.specs import DeviceSpec
 from nbqlora.core.units import MIB
+from nbqlora.memory.probe import card_uuid
 from nbqlora.planner.cards import Cards
 from nbqlora.run.identity import differences
 from nbqlora.run.look import Look
@@ -111,6 +113,24 @@ def _join(rank: Rank, environ: MutableMapping[str, str]) -> None:
         world_size=rank.n,
         timeout=PATIENCE,
     )
+    if on_cards:
+        check_own_cards(Ranks(torch.device("cpu")).gathered((socket.gethostname(), card_uuid(torch.cuda, 0))))
+
+
+def check_own_cards(cards: Sequence[tuple[str, str]]) -> None:
+    """See that each rank has a card of its own; NCCL says it in words of its own, and not before it is used.
+
+    Args:
+        cards: of each rank its machine and the card's name there.
+
+    Raises:
+        RunError: two have the same.
+    """
+    for number, card in enumerate(cards):
+        first = cards.index(card)
+        if first < number:
+            both = f"ranks {first} and {number} of {len(cards)} have the same card ({card[1]} of {card[0]})"
+            raise RunError(f"{both}; leave CUDA_VISIBLE_DEVICES out, or let it list a card for each process")
 
 
 @cache

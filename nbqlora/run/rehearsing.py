@@ -45,7 +45,7 @@ def rehearse(config: FinetuneConfig, rank: Rank, meet: Callable[[], None]) -> st
     Whatever fails here fails there again, where it is an error.
 
     Args:
-        meet: waits for all ranks; called once, whatever happens.
+        meet: waits for all ranks; called once where there are cards, whatever happens on this one.
     """
     if not torch.cuda.is_available():
         return ""

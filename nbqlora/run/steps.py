@@ -19,6 +19,7 @@ from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.errors import (
     DoesNotFitError,
     InterruptedRunError,
+    LostRankError,
     MemoryExhaustedError,
     NbqloraError,
     NonFiniteLossError,
@@ -177,8 +178,8 @@ def _with_advice(error: NbqloraError, config: FinetuneConfig, job: Job | None, e
     if job is None:
         return error
     if isinstance(error, MemoryExhaustedError):
-        return with_what_fits(error, config, job.plan, events, job.hint())
-    if isinstance(error, NonFiniteLossError | InterruptedRunError):
+        return with_what_fits(error, config, job.plan, events, job.hint(), writes=job.writes)
+    if isinstance(error, NonFiniteLossError | InterruptedRunError | LostRankError):
         return type(error)(f"{error}{job.hint()}")
     return error
 

@@ -6,7 +6,7 @@ ran out (a rank that lowers its rung by itself would do other work), a stop, a c
 not finite. These are a few numbers from host to host, and no card is waited for: where cards train, the group has NCCL
 for their tensors and gloo for the host's.
 
-Whoever waits for a rank that has gone gets the backend's own error.
+Whoever waits for a rank that has gone is told so, as soon as the backend knows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nbqlora.core.errors import RunError
+from nbqlora.core.errors import LostRankError, RunError
 from nbqlora.core.ranks import Rank
 from nbqlora.train.oom import Shortage
 from nbqlora.train.stop import INTERRUPTED, TERMINATED, TIME_IS_UP
@@ -93,13 +93,13 @@ class Ranks:
         if not self._together:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor)
+        self._asked(lambda: dist.all_reduce(tensor))
         return tuple(tensor.tolist())
 
     def add_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add the tensors of all ranks, in place and where they are; nothing waits for a card."""
         if self._together:
-            dist.all_reduce(tensor)
+            self._asked(lambda: dist.all_reduce(tensor))
         return tensor
 
     def take_firsts_(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -112,7 +112,7 @@ class Ranks:
         if not self._together:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        dist.broadcast(tensor, src=0)
+        self._asked(lambda: dist.broadcast(tensor, src=0))
         found: list[int] = tensor.tolist()
         return found
 
@@ -121,7 +121,7 @@ class Ranks:
         if not self._together:
             return [mine]
         found: list[Any] = [None] * self.n
-        dist.all_gather_object(found, mine)
+        self._asked(lambda: dist.all_gather_object(found, mine))
         return found
 
     def all_well(self, work: Callable[[], T]) -> T:
@@ -154,9 +154,20 @@ class Ranks:
         result = self.all_well(lambda: work() if self.first else None)
         return self.gathered(result)[0]  # type: ignore[return-value]
 
+    def _asked(self, ask: Callable[[], object]) -> None:
+        """Take part in something of all ranks. Raises :class:`LostRankError`: one of them is gone."""
+        try:
+            ask()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = str(error).partition("\n")[0]
+            message = f"rank {self.number} of {self.n} has lost another one, which ended or cannot be reached: {first}"
+            raise LostRankError(message) from error
+
     def _largest(self, numbers: Sequence[int]) -> list[int]:
         self._told.copy_(torch.tensor([*numbers, *[0] * (CARRIED - len(numbers))], dtype=torch.int64))
-        dist.all_reduce(self._told, op=dist.ReduceOp.MAX)
+        self._asked(lambda: dist.all_reduce(self._told, op=dist.ReduceOp.MAX))
         found: list[int] = self._told.tolist()
         return found
 

@@ -105,6 +105,10 @@ class Progress:
         since = self.now - self.peaks[-1][0]
         return max(0.0, mean * (self.steps[-1].total_steps - self.steps[-1].step) - since)
 
+    @property
+    def _trains(self) -> bool:
+        return self.phase.startswith(PHASES["train"])
+
     def figures(self) -> list[str]:
         """The numbers of the last step, each with its word."""
         if not self.steps:
@@ -113,14 +117,14 @@ class Progress:
         rate = last.n_tokens / last.seconds if last.seconds else 0.0
         words = [f"step {last.step}/{last.total_steps}", f"loss {last.loss:.3f}"]
         words += [f"eval {self.evals[-1].loss:.3f}"] if self.evals else []
-        left = last.step < last.total_steps and self.eta_seconds
+        left = self._trains and last.step < last.total_steps and self.eta_seconds
         words += [f"{format_minutes(left)} left"] if left else []
         return [*words, f"{rate:,.0f} tokens/s", f"peak {format_bytes(last.peak_bytes)}"]
 
     def text(self) -> str:
         """The line: what goes on, and the numbers; a note where there are none yet."""
         took = f"{self.now:.0f} s" if self.now < 60 else format_seconds(self.now)
-        training = self.steps and self.phase.startswith(PHASES["train"])
+        training = self.steps and self._trains
         head = f"{_cut(self.name, _NAME_BYTES)}: {PHASES['train'] if training else self.phase}"
         return self._fitted(head, [*(self.figures() or ([self.note] if self.note else [])), took])
 

@@ -50,7 +50,9 @@ def test_torchrun_needs_nothing_else(job: Path) -> None:
     assert "2 processes" in cards
     assert any(line.startswith("job: done in ") for line in lines)
     assert "parallel_mode" not in done.stderr
-    assert json.loads((job.parent / "out" / "run.json").read_text())["plan"]["n_cards"] == 2
+    told = json.loads((job.parent / "out" / "run.json").read_text())
+    assert told["plan"]["n_cards"] == 2
+    assert len(told["rank_peaks"]) == 2 and max(told["rank_peaks"]) == told["measured_peak_bytes"] > 0
 
 
 def test_a_plan_for_more_than_there_is(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +60,14 @@ def test_a_plan_for_more_than_there_is(job: Path, capsys: pytest.CaptureFixture[
     told = " ".join(capsys.readouterr().out.split())
     assert "cards 2 machines of 2 processes 1 of a step's 4 rows on each; " in told
     assert "how fast the network between the machines is, is not known; 1.25 GB/s are assumed" in told
+
+
+def test_a_plan_for_all_there_is(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(job), "--gpus", "all"]) == 0
+    assert "job" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(job), "--gpus", "two"])
+    assert "--gpus: expected a number of cards or all, got two" in capsys.readouterr().err
 
 
 def test_no_machine_is_no_plan(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ STANDARD = {
     "OutOfDiskError": OSError,
     "PublishError": OSError,
     "TrainingError": RuntimeError,
+    "LostRankError": RuntimeError,
     "NonFiniteLossError": ArithmeticError,
     "InterruptedRunError": KeyboardInterrupt,
     "RunError": RuntimeError,

@@ -55,6 +55,8 @@ def test_what_a_ring_sends_grows_to_twice_the_gradients() -> None:
         (NVLINKED, Cards(per_node=2), "0.559 ms a step (not measured; 300 GB/s are assumed, as NVLink has)"),
         (DEVICES["laptop"], Cards(per_node=2), "(not measured; 20 GB/s are assumed, as PCIe has)"),
         (replace(PAIR, link_bytes_per_second=4e9), Cards(per_node=2), "41.9 ms a step (measured 4 GB/s)"),
+        (replace(NVLINKED, name="NVIDIA H100 PCIe"), Cards(per_node=2),
+         "8.39 ms a step (not measured; 20 GB/s are assumed, as PCIe has)"),
         (NVLINKED, Cards(per_node=8, n_nodes=2),
          "(how fast the network between the machines is, is not known; 1.25 GB/s are assumed)"),
     ],

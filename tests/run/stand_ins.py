@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbqlora.core.errors import DataError, MemoryExhaustedError, NbqloraError
-from nbqlora.core.events import NoteEvent, OomEvent, SavedEvent, StepEvent
+from nbqlora.core.events import NoteEvent, OomEvent, PhaseEvent, SavedEvent, StepEvent
 from nbqlora.core.events import Observer as Observe
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -184,3 +184,46 @@ def without_memory(config: Any, observe: Observe, **settings: Any) -> Any:
     if RANK == 1:
         EnduringTrainer.run_part = short_of  # type: ignore[method-assign]
     return finetune_config(config, observe, **settings)
+
+
+def lose_the_other(observe: Observe) -> str:
+    """Rank 1 leaves; what rank 0 is told when it asks for it."""
+    import torch
+
+    from nbqlora.core.errors import LostRankError
+    from nbqlora.run.ranks import joined
+    from nbqlora.train.ranks import Ranks
+
+    with joined(os.environ):
+        ranks = Ranks(torch.device("cpu"))
+        ranks.any(here=False)
+        if RANK == 1:
+            return ""
+        try:
+            ranks.any(here=False)
+        except LostRankError as error:
+            return str(error)
+    return "nothing was missed"
+
+
+def save_slowly(observe: Observe, seconds: float) -> str:
+    """Rank 1 ends badly while rank 0 is writing an adapter."""
+    if RANK == 1:
+        time.sleep(0.3)
+        raise shortage()
+    observe(step(1))
+    observe(PhaseEvent(phase="save", elapsed_seconds=0.0))
+    time.sleep(seconds)
+    observe(SavedEvent(step=1, path="adapter", n_bytes=1, elapsed_seconds=0.0))
+    time.sleep(PATIENCE_SECONDS)
+    return ""
+
+
+def go_on_and_die(observe: Observe) -> None:
+    """A run that goes on behind a checkpoint of step 25, and loses a rank before it has another."""
+    if RANK == 0:
+        observe(step(26))
+    time.sleep(0.3)
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(PATIENCE_SECONDS)

@@ -15,6 +15,7 @@ import pytest
 
 from nbqlora.core.errors import RunError
 from nbqlora.core.ranks import ALONE, Rank, rank_of, see_one_card, without_signs
+from nbqlora.run.ranks import check_own_cards
 from tests import tiny
 from tests.run import resuming
 from tests.run.ranks_job import LAYOUTS, PLAIN, seen
@@ -244,3 +245,10 @@ def test_signs_are_taken_and_can_be_put_back() -> None:
     taken = without_signs(environ)
     assert environ == {"MASTER_ADDR": "a", "MASTER_PORT": "1", "HOME": "/"}
     assert {**environ, **taken} == {**GROUP, "HOME": "/"}
+
+
+def test_each_rank_has_a_card_of_its_own() -> None:
+    check_own_cards([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")])
+    message = r"ranks 1 and 2 of 3 have the same card \(GPU-2 of a\); leave CUDA_VISIBLE_DEVICES out, or let it list"
+    with pytest.raises(RunError, match=message):
+        check_own_cards([("a", "GPU-1"), ("a", "GPU-2"), ("a", "GPU-2")])

@@ -147,6 +147,22 @@ def test_one_that_is_killed_ends_all_with_the_reason(rank: int) -> None:
     )
 
 
+def test_a_run_that_went_on_goes_on_from_the_same_checkpoint() -> None:
+    assert str(failure(stand_ins.go_on_and_die)).endswith("\n  do this to go on after step 25 of 100")
+
+
+def test_an_adapter_that_is_being_saved_is_waited_for() -> None:
+    events: list[Any] = []
+    with pytest.raises(MemoryExhaustedError, match="rank 1 of 2: no rung is left"):
+        run(partial(stand_ins.save_slowly, seconds=3.0), events.append)
+    assert [type(event).__name__ for event in events] == ["StepEvent", "PhaseEvent", "SavedEvent"]
+
+
+def test_one_whose_other_is_gone_is_told_so() -> None:
+    reports, _, _ = run(stand_ins.lose_the_other)
+    assert reports[0].startswith("rank 0 of 2 has lost another one, which ended or cannot be reached: ")
+
+
 def test_one_that_crashes_says_where() -> None:
     text = str(failure(partial(stand_ins.die, rank=1, number=signal.SIGSEGV)))
     assert text.startswith("rank 1 of 2 ended by SIGSEGV, and printed\n")

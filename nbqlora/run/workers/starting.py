@@ -101,7 +101,8 @@ class Workers:
     def close(self) -> None:
         """End what is left of them, and everything that was made for them."""
         for each in self.all:
-            each.kill()
+            if each.process.returncode is None:  # else its number may be another process's by now
+                each.kill()
         for each in self.all:
             each.process.wait()
             each.line.close()

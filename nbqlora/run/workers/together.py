@@ -54,9 +54,7 @@ def finetune_together(
         rows = (train.handed_on(), evaluation and evaluation.handed_on())
         settings: dict[str, Any] = {"name": name, "resume": resume, "how": how, "rows": rows, "called": journal.called}
         workers.tell(partial(_report, finetune, told, **settings))
-        reports = Watch(workers, journal.emit, journal.note, how).reports()
-    peaks = tuple(each.measured_peak_bytes for each in reports)
-    report = replace(reports[0], measured_peak_bytes=max(peaks), rank_peaks=peaks)
+        report = Watch(workers, journal.emit, journal.note, how).reports()[0]
     return Run(
         report=report,
         config=config,

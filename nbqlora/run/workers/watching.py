@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 
-from nbqlora.core.errors import InterruptedRunError, NbqloraError, RunError, TrainingError
-from nbqlora.core.events import Event, Observer, OomEvent, SavedEvent, StepEvent
+from nbqlora.core.errors import InterruptedRunError, LostRankError, NbqloraError, RunError, TrainingError
+from nbqlora.core.events import Event, Observer, OomEvent, PhaseEvent, SavedEvent, StepEvent
 from nbqlora.core.report import Report
 from nbqlora.run.workers.lines import Done, Failed, Told
 from nbqlora.run.workers.starting import Worker, Workers
@@ -28,8 +28,8 @@ TICK_SECONDS = 0.2
 GRACE_SECONDS = 5.0
 # Between two looks at what rank 0 prints, such as a download's bar.
 BAR_SECONDS = 5.0
-# After an interrupt rank 0 may still be saving an adapter.
-INTERRUPTED_SECONDS = 20.0
+# After an interrupt rank 0 may still have to save an adapter; where it has begun to, the folder may be a slow one.
+INTERRUPTED_SECONDS, SAVING_SECONDS = 20.0, 180.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,8 @@ class Watch:
         self.peaks: dict[int, int] = {}
         self._ooms: set[tuple[int, str, str]] = set()
         self._saved, self._total = 0, 0
+        # Rank 0 writes an adapter now.
+        self._saves = False
         self._looked, self._bar = monotonic(), ""
 
     def reports(self) -> list[Report]:
@@ -121,6 +123,8 @@ class Watch:
         if isinstance(event, StepEvent):
             self.peaks[rank] = max(event.peak_bytes, self.peaks.get(rank, 0))
             event = replace(event, peak_bytes=max(self.peaks.values()))
+            if not self._total:  # the first step of a run that goes on stands behind a checkpoint
+                self._saved = max(self._saved, event.step - 1)
             self._total = event.total_steps
         if isinstance(event, OomEvent):
             met = (event.step, event.phase, event.action)
@@ -128,7 +132,10 @@ class Watch:
                 self._ooms.add(met)
                 self._observe(event)
         elif rank == 0:
-            self._saved = event.step if isinstance(event, SavedEvent) else self._saved
+            if isinstance(event, SavedEvent):
+                self._saved, self._saves = event.step, False
+            elif isinstance(event, PhaseEvent):
+                self._saves = event.phase == "save"
             self._observe(event)
 
     def _say_bar(self) -> None:
@@ -146,7 +153,8 @@ class Watch:
             return True
         bad = [end for end in self._ends.values() if not isinstance(end, Done)]
         interrupted = any(isinstance(end, Failed) and isinstance(end.error, InterruptedRunError) for end in bad)
-        patience = INTERRUPTED_SECONDS if interrupted else GRACE_SECONDS
+        saves = self._saves and 0 not in self._ends
+        patience = SAVING_SECONDS if saves else INTERRUPTED_SECONDS if interrupted else GRACE_SECONDS
         return bool(bad) and monotonic() - self._heard > patience
 
     def _first_interrupt(self) -> None:
@@ -193,6 +201,8 @@ def _nearness(item: tuple[int, End]) -> tuple[int, int]:
         return 0, rank
     if end.error is None:
         return 4, rank
+    if isinstance(end.error, LostRankError):
+        return 5, rank
     if isinstance(end.error, RunError):  # that another rank cannot go on may be what it says
         return 2, rank
     return (3 if isinstance(end.error, InterruptedRunError) else 1), rank
