@@ -68,11 +68,13 @@ def _in_turn(
     n: int,
     kernel: Any,
     run: Callable[..., Any],
+    /,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    named = {name: value for name, value in kwargs.items() if name != "grid"}
-    key = (id(kernel), *map(_compiled_for, args), *((name, _compiled_for(named[name])) for name in sorted(named)))
+    # What is named is a constant of the kernel, or how it is compiled.
+    constants = sorted((name, str(value)) for name, value in kwargs.items() if name != "grid")
+    key = (id(kernel), *map(_compiled_for, args), *constants)
     turn = met.setdefault(key, len(met))
     return run(*args, **kwargs) if turn % n == number else None
 
