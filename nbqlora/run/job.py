@@ -167,7 +167,8 @@ class Job:
             report = self._ending.report(status, saved, why, peaks=peaks, replacements=self._replacements)
         if twice:
             kept = f"the adapter is in {saved.path}" if saved else "no step was done, so nothing was saved"
-            raise InterruptedRunError(f"interrupted in the middle of a step; {kept}")
+            where = f"after step {self._journal.steps()[-1].step}" if stopped and saved else "in the middle of a step"
+            raise InterruptedRunError(f"interrupted {where}; {kept}")
         if failure:
             raise failure
         return report

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,22 @@ def start(rank: int, folder: Path, port: int, job: str = "ranks_job") -> subproc
     )
 
 
+def told_by_two(folder: Path, job: str = "ranks_job") -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each of two ranks says, which run this job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(rank, folder, port, job) for rank in (0, 1)]
+    try:
+        ended = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in ended)
+    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    return first, second
+
+
 @pytest.fixture(scope="module")
 def folder(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, a row without a finite loss, and a whole run of one process, at whose fourth step two go on."""
@@ -71,20 +86,9 @@ def alone(folder: Path) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path, alone: dict[str, list[Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def together(folder: Path, alone: dict[str, list[Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each of two ranks says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(rank, folder, port) for rank in (0, 1)]
-    try:
-        ended = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in ended)
-    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    yield first, second
+    return told_by_two(folder)
 
 
 def check_same_path(told: list[Any], reference: list[Any]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from peft import PeftModel
 from tests import tiny
 from tests.run import resuming
 from tests.run.sharded_job import PLAIN
-from tests.run.test_ranks import check_same_path, events, of, start
+from tests.run.test_ranks import check_same_path, events, of, told_by_two
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +34,9 @@ def alone(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path, alone: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def together(folder: Path, alone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each of two ranks says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(rank, folder, port, "sharded_job") for rank in (0, 1)]
-    try:
-        ended = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in ended)
-    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    yield first, second
+    return told_by_two(folder, "sharded_job")
 
 
 def test_the_loss_path_is_that_of_one(alone: Any, together: Any) -> None:

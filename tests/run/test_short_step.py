@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from nbqlora.train.ranks import ANOTHER, Ranks
 from tests import tiny
 from tests.run import resuming
 from tests.run.short_step_job import ENDS, STEP, TOTAL
-from tests.run.test_ranks import of, start
+from tests.run.test_ranks import of, told_by_two
 
 Told = tuple[dict[str, Any], dict[str, Any]]
 BEGUN = "memory ran out in the middle of the optimizer's step, which cannot be taken back"
@@ -32,20 +29,9 @@ def folder(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path) -> Iterator[Told]:
+def together(folder: Path) -> Told:
     """What each of two ranks says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(rank, folder, port, "short_step_job") for rank in (0, 1)]
-    try:
-        ended = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in ended)
-    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    yield first, second
+    return told_by_two(folder, "short_step_job")
 
 
 def steps(told: dict[str, Any]) -> list[Any]:

@@ -66,6 +66,17 @@ def test_a_second_interrupt_raises(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / name).read_bytes() == (two.adapter_dir / name).read_bytes()
 
 
+def test_a_second_interrupt_behind_the_step_drops_none(model: Path, tmp_path: Path) -> None:
+    class Late(After):
+        def __call__(self, event: Any) -> None:
+            super().__call__(event)
+            if isinstance(event, StoppedEvent):
+                interrupt()
+
+    with pytest.raises(InterruptedRunError, match=r"^interrupted after step 3; the adapter is in "):
+        finetune(model, ROWS, tmp_path, max_steps=9, observe=Late(2))
+
+
 def test_an_interrupt_in_the_last_step_changes_nothing(model: Path, tmp_path: Path) -> None:
     run = finetune(model, ROWS, tmp_path, max_steps=3, observe=After(2))
     assert run.status == "done" and len(run.report.steps) == 3
