@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nbqlora.core.errors import LostRankError, RunError
 from nbqlora.core.ranks import Rank
-from nbqlora.train.oom import Shortage
+from nbqlora.train.oom import Shortage, out_of_memory
 from nbqlora.train.stop import INTERRUPTED, TERMINATED, TIME_IS_UP
 
 PHASES = ("forward", "backward", "optimizer", "eval", "probe")
@@ -158,9 +158,9 @@ class Ranks:
         """Take part in something of all ranks. Raises :class:`LostRankError`: one of them is gone."""
         try:
             ask()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error) is not None:
+                raise
             first = str(error).partition("\n")[0]
             message = f"rank {self.number} of {self.n} has lost another one, which ended or cannot be reached: {first}"
             raise LostRankError(message) from error

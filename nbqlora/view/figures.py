@@ -22,6 +22,8 @@ from nbqlora.view.timeline import PHASE_COLOURS, columns, holder_name, holders, 
 # Lines of six colours, and what lies between them and white.
 _COLOURS = 32
 _MOST_SQUARES = 16
+# Of a picture's width, one line of text that stands upright.
+_LETTER_SHARE = 0.035
 _DASHES = {"plan": "--", "usable": ":", "card": "-"}
 
 
@@ -87,12 +89,27 @@ def _draw_memory(axes: Any, report: Report, memory: Sequence[tuple[float, float]
 def _mark_events(axes: Any, report: Report, begin: float) -> None:
     """Where phases began, by name, and where the card was full."""
     top = axes.get_xaxis_transform()
+    phases = [e for e in report.events if isinstance(e, PhaseEvent) and e.elapsed_seconds >= begin]
+    left, right = axes.get_xlim()
+    for together in _in_groups(phases, _LETTER_SHARE * (right - left)):
+        at, names = together[0].elapsed_seconds, " · ".join(dict.fromkeys(e.phase for e in together))
+        axes.text(at, 1.0, f" {names}", transform=top, fontsize=8, rotation=90, va="top")
     for event in report.events:
         if isinstance(event, PhaseEvent) and event.elapsed_seconds >= begin:
             axes.axvline(event.elapsed_seconds, color="#BDBDBD", linewidth=0.8)
-            axes.text(event.elapsed_seconds, 1.0, f" {event.phase}", transform=top, fontsize=8, rotation=90, va="top")
         if isinstance(event, OomEvent):
             axes.text(event.elapsed_seconds, 0.9, "full", transform=top, color="#D32224", weight="bold")
+
+
+def _in_groups(phases: Sequence[PhaseEvent], width: float) -> list[list[PhaseEvent]]:
+    """Phases, the names of which would lie over that of the first of their group."""
+    groups: list[list[PhaseEvent]] = []
+    for event in phases:
+        if groups and event.elapsed_seconds - groups[-1][0].elapsed_seconds < width:
+            groups[-1].append(event)
+        else:
+            groups.append([event])
+    return groups
 
 
 def timeline_figure(report: Report) -> ShownFigure:

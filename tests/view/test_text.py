@@ -184,3 +184,12 @@ def test_the_figure_shows_loss_eval_peak_and_plan():
     assert [list(line.get_ydata()) for line in loss.lines] == [[2.4, 1.9], [2.5, 1.8]]
     assert list(memory.lines[1].get_ydata()) == pytest.approx([12.4, 12.4], abs=0.01)
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_names_of_phases_do_not_lie_over_each_other():
+    steps = [dataclasses.replace(e, elapsed_seconds=50.0 * (i + 1)) for i, e in enumerate(REPORT.steps)]
+    began = {"look": 50.0, "load": 50.2, "train": 50.4, "save": 99.0, "stop": 99.1}
+    phases = [PhaseEvent(phase=name, elapsed_seconds=at) for name, at in began.items()]
+    _, memory = run_figure(dataclasses.replace(REPORT, events=(*steps, *phases))).axes
+    names = {text.get_text().strip(): text.get_position()[0] for text in memory.texts}
+    assert names == {"look · load · train": 50.0, "save · stop": 99.0}
