@@ -28,6 +28,7 @@ class Family:
         window: where a sliding window is named: on the attention ``module``, in the ``config``, or nowhere ("").
         caps_scores: its attention caps scores, as the checkpoints that there are have it.
         scales_residual: what is added to the residual is multiplied by a number.
+        joined_linears: q, k and v are one linear, gate and up another.
     """
 
     norm: NormStyle = "llama"
@@ -39,6 +40,7 @@ class Family:
     window: Literal["", "module", "config"] = ""
     caps_scores: bool = False
     scales_residual: bool = False
+    joined_linears: bool = False
 
 
 # Norms on both sides of each half, and norms behind the halves only.
@@ -58,7 +60,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family(norm="gemma"),
     "gemma2": replace(_SANDWICH, norm="gemma", window="module", caps_scores=True),
     "gemma3_text": replace(_SANDWICH, norm="gemma", qk_norm="head", window="module"),
-    "phi3": Family(window="config"),
+    "phi3": Family(window="config", joined_linears=True),
     "granite": Family(scales_residual=True),
     "olmo2": replace(_BEHIND, norm="fp32", qk_norm="full"),
     "olmo3": replace(_BEHIND, norm="fp32", qk_norm="full", window="module"),

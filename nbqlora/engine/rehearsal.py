@@ -33,8 +33,6 @@ from nbqlora.memory.workspaces import free_workspaces
 
 # Of elements that share an entry of absmax, and of those that share one of the second quantization.
 BLOCK, NESTED = 64, 256
-# Families that have one linear for q, k and v, and one for gate and up.
-FUSED_LINEARS = ("phi3",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class LayerShape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """``(n_out, n_in)`` by name, q to down."""
         d, f, q, kv = self.d_model, self.d_ff, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        if self.architecture in FUSED_LINEARS:
+        if self.family.joined_linears:
             return {"qkv_proj": (q + 2 * kv, d), "o_proj": (d, q), "gate_up_proj": (2 * f, d), "down_proj": (d, f)}
         attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
         return {**attention, "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}

@@ -7,7 +7,7 @@ from nbqlora.core.specs import DeviceSpec
 # Bytes a second that one card sends, where nothing was measured. PCIe 3.0 x16 gives about 10 of its 15.75 GB/s between
 # cards that cannot reach each other's memory, as Kaggle's two T4s; NVLink is that of A100 to H200, a third in reserve.
 ETHERNET, CPU, PCIE_3, PCIE_4, NVLINK = 1.25e9, 1e9, 10e9, 20e9, 300e9
-WITH_NVLINK = ("A100", "A800", "H100", "H200", "H800", "H20", "B200", "B300", "V100-SXM2")
+WITH_NVLINK = ("A100", "A800", "H100", "H200", "H800", "H20", "B200", "B300")
 # Of those the boards that are put into a slot: a bridge between two of them is not to be told from the name.
 IN_A_SLOT = ("PCI", "NVL")
 

@@ -54,4 +54,6 @@ def _what_fits(error: MemoryExhaustedError, config: FinetuneConfig, plan: Plan, 
 def _smaller_optimizer(config: FinetuneConfig) -> str:
     if config.optim != "adamw_8bit":
         return 'optim = "adamw_8bit" needs a quarter of the optimizer\'s states'
-    return f"lora_r = {max(1, config.lora_r // 2)} needs half of the optimizer's states"
+    if config.lora_r > 1:
+        return f"lora_r = {config.lora_r // 2} needs at most half of the optimizer's states"
+    return "the optimizer's states found no room"

@@ -12,19 +12,24 @@ import torch
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.ranks import Rank
-from nbqlora.engine.rehearsal import Rehearsal, shape_of
+from nbqlora.engine.rehearsal import LayerShape, Rehearsal, shape_of
 from nbqlora.hub.load import DTYPES
 from nbqlora.hub.nearby import nearby_config
 from nbqlora.memory.device import has_bf16
 from nbqlora.planner.standing import auto_dtype
 
 
-def rehearsal_for(config: FinetuneConfig, device: torch.device) -> Rehearsal | None:
-    """A layer like those of the run; None where its model is not here yet, or has no fused layers."""
+def shape_for(config: FinetuneConfig) -> LayerShape | None:
+    """The widths of a run's layers; None where its model is not here yet, or has no fused layers.
+
+    It may import what looks into the hub's cache, so it is not for a thread beside other imports.
+    """
     found = nearby_config(config.model)
-    shape = None if found is None else shape_of(found)
-    if shape is None:
-        return None
+    return None if found is None else shape_of(found)
+
+
+def rehearsal_for(config: FinetuneConfig, shape: LayerShape, device: torch.device) -> Rehearsal:
+    """A layer like those of the run."""
     asked, targets = config.dtype, config.target_modules
     if asked == "auto":
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -39,28 +44,29 @@ def rehearsal_for(config: FinetuneConfig, device: torch.device) -> Rehearsal | N
     )
 
 
-def rehearse(config: FinetuneConfig, rank: Rank, meet: Callable[[], None]) -> str:
+def rehearse(config: FinetuneConfig, shape: LayerShape | None, rank: Rank, meet: Callable[[], None]) -> str:
     """Compile and load the kernels of a run on this process's card; "" or why they will be when they are used first.
 
     Whatever fails here fails there again, where it is an error.
 
     Args:
+        shape: as :func:`shape_for` found it.
         meet: waits for all ranks; called once where there are cards, whatever happens on this one.
     """
     if not torch.cuda.is_available():
         return ""
-    said = "" if rank.n_local == 1 else _tried(config, rank)
+    said = "" if shape is None or rank.n_local == 1 else _tried(config, shape, rank)
     meet()
-    return said or _tried(config)
+    return said if said or shape is None else _tried(config, shape)
 
 
-def _tried(config: FinetuneConfig, shared: Rank | None = None) -> str:
+def _tried(config: FinetuneConfig, shape: LayerShape, shared: Rank | None = None) -> str:
     try:
-        rehearsal = rehearsal_for(config, torch.device("cuda", torch.cuda.current_device()))
-        if rehearsal is not None and shared is not None:
-            rehearsal.run_share(shared.local, shared.n_local)
-        elif rehearsal is not None:
+        rehearsal = rehearsal_for(config, shape, torch.device("cuda", torch.cuda.current_device()))
+        if shared is None:
             rehearsal.run()
+        else:
+            rehearsal.run_share(shared.local, shared.n_local)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         return f"kernels are compiled when they are used first, not ahead: {type(error).__name__}: {first}"

@@ -12,6 +12,7 @@ Whoever waits for a rank that has gone is told so, as soon as the backend knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -105,7 +106,7 @@ class Ranks:
     def take_firsts_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite with what the first rank has."""
         for tensor in tensors if self._together else ():
-            dist.broadcast(tensor, src=0)
+            self._asked(partial(dist.broadcast, tensor, src=0))
 
     def firsts(self, numbers: list[int]) -> list[int]:
         """As many numbers, as the first rank has them."""

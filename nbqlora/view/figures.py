@@ -94,9 +94,9 @@ def _mark_events(axes: Any, report: Report, begin: float) -> None:
     for together in _in_groups(phases, _LETTER_SHARE * (right - left)):
         at, names = together[0].elapsed_seconds, " · ".join(dict.fromkeys(e.phase for e in together))
         axes.text(at, 1.0, f" {names}", transform=top, fontsize=8, rotation=90, va="top")
+    for phase in phases:
+        axes.axvline(phase.elapsed_seconds, color="#BDBDBD", linewidth=0.8)
     for event in report.events:
-        if isinstance(event, PhaseEvent) and event.elapsed_seconds >= begin:
-            axes.axvline(event.elapsed_seconds, color="#BDBDBD", linewidth=0.8)
         if isinstance(event, OomEvent):
             axes.text(event.elapsed_seconds, 0.9, "full", transform=top, color="#D32224", weight="bold")
 

@@ -7,9 +7,10 @@ Each run is in processes of its own under ``torchrun``, one for each card. ``spl
 ``whole``. ``fsdp`` is what FSDP's own example does: transformers' layers with PEFT's adapters and bitsandbytes' weights
 in bf16 storage, each layer under ``fully_shard`` with its hooks, gradient checkpointing.
 
-One JSON line for each run: tokens a second, each card's peak beside the plan's, seconds to load and to the first step,
-losses; and one that compares ``split`` with the others that ran. ``off_percent`` is the plan's peak over the highest
-measured one. On a CPU the cards are processes with gloo, and ``fsdp`` has no peak: it shows that it runs.
+One JSON line for each run: tokens a second, each card's peak beside the plan's, the link's rate, seconds to load and
+to the first step, losses; and one that compares ``split`` with the others that ran. ``off_percent`` is the plan's peak
+over the highest measured one. On a CPU the cards are processes with gloo, and ``fsdp`` has no peak: it shows that it
+runs.
 
 ``tests/bench/make_model.py`` makes a MODEL, a large one quickly with ``--same-layers``.
 """
@@ -139,6 +140,7 @@ def train(shape: Shape) -> dict[str, Any]:
         "load_seconds": watch.trains_at - watch.loads_at, "trains_at": watch.trains_at, "shards": plan.shards,
         "planned_bytes": plan.predicted_peak_bytes, "planned_seconds": plan.step_seconds,
         "policies": {policy: policies.count(policy) for policy in dict.fromkeys(policies)}, "card": card_name(),
+        "link_bytes_per_second": plan.device.link_bytes_per_second,
     }  # fmt: skip
 
 
@@ -171,6 +173,8 @@ def figures(shape: Shape, found: list[dict[str, Any]], began: float) -> dict[str
         "peak_gib": [round(peak / 2**30, 3) for peak in peaks],
         "planned_gib": round(planned / 2**30, 3) if planned else None,
         "off_percent": round(100 * (planned / max(peaks) - 1), 2) if planned else None,
+        # What the plan measured; FSDP's example measures none.
+        "link_gb_s": round(first["link_bytes_per_second"] / 1e9, 1) if "link_bytes_per_second" in first else None,
         "load_s": round(max(each["load_seconds"] for each in found), 1),
         "start_s": round(first["trains_at"] - began, 1),
         "policies": first["policies"],

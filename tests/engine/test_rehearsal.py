@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,17 +24,6 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300, "hidden_act": "silu",
 }  # fmt: skip
-ROOT = Path(__file__).parents[2]
-# What may be imported before a rehearsal, and then the rehearsal: what else does it import?
-ALONE = """
-import sys
-import torch.fx.experimental.symbolic_shapes
-import nbqlora.run.ranks, nbqlora.run.rehearsing
-from tests.engine.test_rehearsal import of
-before = set(sys.modules)
-of().run()
-print(sorted(set(sys.modules) - before))
-"""
 
 
 def of(config: Mapping[str, Any] = LLAMA, **changes: Any) -> Rehearsal:
@@ -122,12 +109,6 @@ def test_capped_scores_are_written_out() -> None:
     config = {**LLAMA, "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0}
     assert [kind for kind, _ in of(config).attention_calls()] == [AttentionKind.MATH] * 2
     assert of().attention_calls() == [(AttentionKind.SDPA, (16,)), (AttentionKind.SDPA, (8, 8))]
-
-
-def test_nothing_is_imported_meanwhile() -> None:
-    """Another thread is importing then, and two that import the same modules may each see half of them."""
-    said = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

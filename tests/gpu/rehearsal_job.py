@@ -23,21 +23,22 @@ def main(model: str, folder: str, how: str) -> None:
     import nbqlora.run.ranks  # noqa: F401
     from nbqlora.core.config import FinetuneConfig
     from nbqlora.core.ranks import ALONE
-    from nbqlora.run.rehearsing import rehearsal_for, rehearse
+    from nbqlora.run.rehearsing import rehearsal_for, rehearse, shape_for
 
     options: dict[str, Any] = {"model": model, "max_length": 1024, "per_device_train_batch_size": 2, "lora_r": 8}
     torch.zeros(1, device="cuda")
     told: dict[str, Any] = {"held": -torch.cuda.memory_allocated()}
     config = FinetuneConfig(data=[], **options)
+    shape = shape_for(config)
+    assert shape is not None
     if how == "shared":
-        rehearsal, told["shares"] = rehearsal_for(config, torch.device("cuda", 0)), []
-        assert rehearsal is not None
+        rehearsal, told["shares"] = rehearsal_for(config, shape, torch.device("cuda", 0)), []
         for number in range(2):
             rehearsal.run_share(number, 2)
             told["shares"].append(compiled(cache))
     if how != "plain":
         before, begun = set(sys.modules), time.perf_counter()
-        told["said"] = rehearse(config, ALONE, lambda: None)
+        told["said"] = rehearse(config, shape, ALONE, lambda: None)
         told["rehearsed_seconds"] = time.perf_counter() - begun
         told["imported"] = sorted(set(sys.modules) - before)
     told["held"] += torch.cuda.memory_allocated()

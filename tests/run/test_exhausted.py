@@ -31,7 +31,8 @@ def test_rows_may_be_too_long() -> None:
     ("changes", "words"),
     [
         ({}, 'optim = "adamw_8bit" needs a quarter of the optimizer\'s states in the '),
-        ({"optim": "adamw_8bit", "lora_r": 8}, "lora_r = 4 needs half of the optimizer's states in the "),
+        ({"optim": "adamw_8bit", "lora_r": 8}, "lora_r = 4 needs at most half of the optimizer's states in the "),
+        ({"optim": "adamw_8bit", "lora_r": 1}, "the optimizer's states found no room in the "),
     ],
 )
 def test_no_row_is_too_long_for_the_optimizer(changes: dict[str, Any], words: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,26 @@ from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.ranks import ALONE, Rank
 from nbqlora.core.request import CellRequest
 from nbqlora.hub.nearby import nearby_config
-from nbqlora.run.rehearsing import rehearsal_for, rehearse
+from nbqlora.run.rehearsing import rehearsal_for, rehearse, shape_for
 from nbqlora.run.tables import table_fields
 from tests import tiny
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+# What is left for the thread beside the imports, of a model that lies in the hub's cache: what does that import? In 16
+# bits, since a CPU unpacks NF4 with bitsandbytes; the test on a card has NF4.
+IN_A_THREAD = """
+import sys
+import torch.fx.experimental.symbolic_shapes
+import nbqlora.run.ranks
+from nbqlora.core.config import FinetuneConfig
+from nbqlora.run.rehearsing import rehearsal_for, shape_for
+config = FinetuneConfig(model="someone/small", data=[], load_in_4bit=False)
+shape = shape_for(config)
+before = set(sys.modules)
+rehearsal_for(config, shape, torch.device("cpu")).run()
+print(sorted(set(sys.modules) - before))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +49,21 @@ def config(model: object, **changes: Any) -> FinetuneConfig:
 
 
 def test_a_runs_layer(folder: Path) -> None:
-    found = rehearsal_for(config(folder, lora_r=3, dtype="bf16", target_modules=["q_proj", "v_proj"]), CPU)
-    assert found is not None
+    shape = shape_for(config(folder))
+    assert shape is not None
+    asked = config(folder, lora_r=3, dtype="bf16", target_modules=["q_proj", "v_proj"])
+    found = rehearsal_for(asked, shape, CPU)
     assert (found.dtype, found.in_4bit, found.lora_r, found.adapted) == (torch.bfloat16, True, 3, ("q_proj", "v_proj"))
     assert found.shape.d_model == tiny.D_MODEL
-    found = rehearsal_for(config(folder, load_in_4bit=False, target_modules="q_proj"), CPU)
-    assert found is not None
+    found = rehearsal_for(config(folder, load_in_4bit=False, target_modules="q_proj"), shape, CPU)
     assert (found.dtype, found.in_4bit, found.adapted) == (torch.float32, False, ("q_proj",))
-    plain = rehearsal_for(config(folder), CPU)
-    assert plain is not None and plain.adapted is None
+    assert rehearsal_for(config(folder), shape, CPU).adapted is None
 
 
 @pytest.mark.parametrize("name", ["no/such-model-here", "./nowhere", "demmo"])
 def test_a_model_that_is_not_here(name: str) -> None:
     assert nearby_config(name) is None
-    assert rehearsal_for(config(name), CPU) is None
+    assert shape_for(config(name)) is None
 
 
 def test_a_model_in_the_cache_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +78,11 @@ def test_a_model_in_the_cache_of_the_hub(folder: Path, tmp_path: Path, monkeypat
     (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert nearby_config("someone/small") is None  # its weights have to come first
     (snapshot / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    told = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD], cwd=ROOT, env={**os.environ, "HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == "[]"
     found = nearby_config("someone/small")
     assert found is not None and found["hidden_size"] == tiny.D_MODEL
 
@@ -70,13 +93,13 @@ def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     assert nearby_config(str(tmp_path)) is None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
-    assert rehearsal_for(config(tmp_path), CPU) is None
+    assert shape_for(config(tmp_path)) is None
 
 
 def test_it_is_a_cards_business(folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    assert rehearse(config(folder), ALONE, no_meeting) == ""
+    assert rehearse(config(folder), shape_for(config(folder)), ALONE, no_meeting) == ""
 
 
 @pytest.mark.parametrize("rank", [ALONE, Rank(number=1, n=2, local=1, n_local=2)])
@@ -86,10 +109,13 @@ def test_what_fails_is_said_and_no_other_rank_waits(folder: Path, rank: Rank, mo
         pytest.skip("the card would start")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     met: list[bool] = []
-    said = rehearse(config(folder), rank, lambda: met.append(True))
+    said = rehearse(config(folder), shape_for(config(folder)), rank, lambda: met.append(True))
     assert said.startswith("kernels are compiled when they are used first, not ahead: ")
     assert "\n" not in said and len(said) > 70
     assert met == [True]
+    # A rank that has nothing to rehearse is waited for all the same.
+    assert rehearse(config(folder), None, rank, lambda: met.append(True)) == ""
+    assert met == [True, True]
 
 
 def no_meeting() -> None:

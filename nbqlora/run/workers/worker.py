@@ -56,9 +56,9 @@ def get_ready(config: FinetuneConfig, called: float) -> Event | None:
     """
     from nbqlora.core.ranks import rank_of
     from nbqlora.run.ranks import join_ahead, meet
-    from nbqlora.run.rehearsing import rehearse
+    from nbqlora.run.rehearsing import rehearse, shape_for
 
-    rank, imported = rank_of(os.environ), threading.Event()
+    rank, shape, imported = rank_of(os.environ), shape_for(config), threading.Event()
     joining = Beside(partial(join_ahead, os.environ))
 
     def others_are_here() -> None:
@@ -67,7 +67,7 @@ def get_ready(config: FinetuneConfig, called: float) -> Event | None:
 
     def rehearsing() -> str:
         imported.wait()
-        return rehearse(config, rank, others_are_here)
+        return rehearse(config, shape, rank, others_are_here)
 
     card = Beside(rehearsing)
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  autograd imports it when it is used first
