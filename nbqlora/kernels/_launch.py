@@ -6,7 +6,7 @@ declared through :func:`jit`, which leaves them uncompiled until they are launch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,16 +31,21 @@ __all__ = [
 ]
 
 HAS_TRITON = triton is not None
-# Every kernel that was declared.
-_kernels: list[Any] = []
+# Every kernel that was declared, and its arguments for whose values it is not compiled once more.
+_kernels: list[tuple[Any, frozenset[str]]] = []
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` where triton is there; otherwise the plain function, which nothing launches."""
+def jit(function: Callable[..., Any], *, do_not_specialize: Iterable[str] = ()) -> Any:
+    """``triton.jit`` where triton is there; otherwise the plain function, which nothing launches.
+
+    Args:
+        do_not_specialize: integers of the kernel for which it is not compiled once more where they divide by 16 or are
+            1: those that are only compared, and another in every batch.
+    """
     if not HAS_TRITON:
         return function
-    kernel = triton.jit(function)
-    _kernels.append(kernel)
+    kernel = triton.jit(function, do_not_specialize=list(do_not_specialize))
+    _kernels.append((kernel, frozenset(do_not_specialize)))
     return kernel
 
 
@@ -53,12 +58,12 @@ def launches_of_a_share(number: int, n: int) -> Iterator[None]:
     """
     met: dict[tuple[Any, ...], int] = {}
     kernels = tuple(_kernels)  # one that is declared meanwhile is launched as ever
-    for kernel in kernels:
-        kernel.run = partial(_in_turn, met, number, n, kernel, kernel.run)
+    for kernel, any_value in kernels:
+        kernel.run = partial(_in_turn, met, number, n, kernel, any_value, kernel.run)
     try:
         yield
     finally:
-        for kernel in kernels:
+        for kernel, _ in kernels:
             del kernel.run
 
 
@@ -67,6 +72,7 @@ def _in_turn(
     number: int,
     n: int,
     kernel: Any,
+    any_value: frozenset[str],
     run: Callable[..., Any],
     /,
     *args: Any,
@@ -74,7 +80,9 @@ def _in_turn(
 ) -> Any:
     # What is named is a constant of the kernel, or how it is compiled.
     constants = sorted((name, str(value)) for name, value in kwargs.items() if name != "grid")
-    key = (id(kernel), *map(_compiled_for, args), *constants)
+    named = zip(kernel.arg_names, args, strict=False)
+    compiled_for = [_compiled_for(arg) for name, arg in named if name not in any_value]
+    key = (id(kernel), *compiled_for, *constants)
     turn = met.setdefault(key, len(met))
     return run(*args, **kwargs) if turn % n == number else None
 

@@ -17,6 +17,7 @@ and k have d = 64 to 256 and tokens * heads rows). Kept for backward: s, and r, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -124,7 +125,7 @@ def _store_norm(p_y, o_y, m, b_normed, b_weight, DTYPE: tl.constexpr, ROUND_NORM
     tl.store(p_y + o_y, (b_normed * b_weight).to(p_y.dtype.element_ty), mask=m)
 
 
-@jit
+@partial(jit, do_not_specialize=("n_rows",))
 def _rms_norm_fwd_kernel(
     p_x, p_weight, p_y, p_rstd, p_sum_with, p_sum_out,
     n_rows, heads, d,
@@ -153,7 +154,7 @@ def _rms_norm_fwd_kernel(
     _store_norm(p_y, o_y, m, b_s * b_rstd, b_weight, p_x.dtype.element_ty, ROUND_NORMED)
 
 
-@jit
+@partial(jit, do_not_specialize=("n_rows",))
 def _rms_norm_bwd_kernel(
     p_dy, p_x, p_weight, p_rstd, p_residual_grad, p_dx, p_y,
     n_rows, heads, d,

@@ -165,30 +165,20 @@ def glu_ops() -> Iterator[Op]:
 
 
 def low_rank_ops() -> Iterator[Op]:
-    """``u b^T`` added to a projection's output and the residual; b by its rows ``[d, r]``, or by its columns."""
+    """``u b^T`` added to a projection's output and the residual."""
     rows = (TOKENS, WIDTH)
-    for name, r, residual, columns in (
-        ("", 16, True, False),
-        (", in place", 16, False, False),
-        (", columns", 16, True, True),
-        (", in place, columns", 32, False, True),
-        ("", 8, True, False),
-        ("", 32, True, False),
-        ("", 64, True, False),
-    ):
+    for name, r, residual in (
+        ("", 16, True), (", in place", 16, False), ("", 8, True), ("", 32, True), ("", 64, True)
+    ):  # fmt: skip
 
-        def operands(t: Tensors, columns: bool = columns) -> tuple[torch.Tensor, ...]:
-            return t["y"], t["u"], t["b"].t() if columns else t["b"]
+        def ours(t: Tensors) -> Any:
+            return low_rank_add_triton(t["y"], t["u"], t["b"], residual=t.get("r"), out=t.get("out", t["y"]))
 
-        def ours(t: Tensors, operands: Any = operands) -> Any:
-            return low_rank_add_triton(*operands(t), residual=t.get("r"), out=t.get("out", t["y"]))
+        def eager(t: Tensors) -> Any:
+            t["y"].addmm_(t["u"], t["b"].t())
+            return torch.add(t["r"], t["y"], out=t["out"]) if "r" in t else t["y"]
 
-        def eager(t: Tensors, operands: Any = operands) -> Any:
-            y, u, b = operands(t)
-            y.addmm_(u, b.t())
-            return torch.add(t["r"], y, out=t["out"]) if "r" in t else y
-
-        reads = {"y": rows, "u": (TOKENS, r), "b": (r, WIDTH) if columns else (WIDTH, r)}
+        reads = {"y": rows, "u": (TOKENS, r), "b": (WIDTH, r)}
         if residual:
             yield Op(f"low_rank_add r {r}{name}", {**reads, "r": rows}, {"out": rows}, ours, eager)
         else:

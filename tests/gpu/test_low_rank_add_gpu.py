@@ -38,7 +38,7 @@ def test_sum(dtype, shape, layout, alpha, with_residual):
 
 @dtypes
 @pytest.mark.parametrize("place", ["y", "residual"])
-@pytest.mark.parametrize("layout", ["ranks", "columns"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_place_beside_u(dtype, place, layout):
     """As the engine calls it: y and u are columns of one tensor, and the sum takes the place of an operand."""
     y, u, b, residual = operands((2049, 4096, 16), dtype)

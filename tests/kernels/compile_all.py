@@ -40,7 +40,7 @@ def compiled(
     capability: int, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What is to be known of the result. Pointers and integers divide by 16, as in a launch of a usual model."""
-    kinds = enumerate(signature.values())
+    kinds = [(i, k) for i, (n, k) in enumerate(signature.items()) if n not in kernel.do_not_specialize]
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in kinds if kind.startswith("*") or kind in ("i32", "i64")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

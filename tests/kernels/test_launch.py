@@ -46,6 +46,15 @@ def test_more_processes_than_kernels() -> None:
         assert launched() == [False] * 4
 
 
+def test_another_number_of_rows_is_the_same_kernel() -> None:
+    with launches_of_a_share(1, 2):
+        for rows in (16, 29, 1):
+            x = normal(rows, 64, dtype=torch.float32)
+            out = torch.full_like(x, 77.0)
+            rms_norm_triton(x, torch.ones(64, device=DEVICE), 1e-5, style="llama", out=out)
+            assert bool((out == 77.0).all())
+
+
 def test_all_are_launched_again_behind_an_error() -> None:
     with pytest.raises(RuntimeError, match="no room"), launches_of_a_share(1, 2):
         raise RuntimeError("no room")

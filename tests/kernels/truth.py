@@ -93,7 +93,7 @@ from triton.backends.compiler import GPUTarget
 for name, kernel, signature, constexprs, options in importlib.import_module(sys.argv[1]).CASES:
     if name.startswith(tuple(sys.argv[2:])) and name.endswith("bf16"):
         # Pointers and strides divisible by 16, as a launch finds them to be.
-        kinds = enumerate(signature.values())
+        kinds = [(i, k) for i, (n, k) in enumerate(signature.items()) if n not in kernel.do_not_specialize]
         attrs = {(i,): [["tt.divisibility", 16]] for i, kind in kinds if kind[0] == "*" or kind == "i32"}
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
