@@ -112,7 +112,7 @@ def through_ours(
         lengths: of the documents that the tokens are; None for one.
     """
     cos, sin = (p.to(x.dtype).reshape(-1, p.shape[-1]) for p in positions)
-    documents = _documents(x, lengths or (x.shape[1],))
+    documents = documents_of(x, lengths or (x.shape[1],))
     call = Call(documents=documents, cos=cos, sin=sin, attention=attention)
     adapters = layer.scratch.adapters
     before = [p.grad for p in layer.parameters]
@@ -130,7 +130,8 @@ def through_ours(
     return _named(layer, out[None], d_input[None], found)
 
 
-def _documents(x: torch.Tensor, lengths: tuple[int, ...]) -> Documents:
+def documents_of(x: torch.Tensor, lengths: tuple[int, ...]) -> Documents:
+    """Of these lengths, end to end in the one row of ``x`` ``[1, tokens, ...]``."""
     edges = torch.tensor([0, *lengths], dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
     cu_seqlens = edges if len(lengths) > 1 else None
     return Documents(rows=1, seq=x.shape[1], cu_seqlens=cu_seqlens, max_tokens=max(lengths), lengths=lengths)

@@ -9,18 +9,17 @@ model's widths has them all. What a shape does not tell (a bias, a partial rotat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nbqlora.core.families import FAMILIES, Family
-from nbqlora.engine.attention import AttentionKind, choose_attention
+from nbqlora.engine.attention import AttentionKind, attention_backward, attention_forward, choose_attention
 from nbqlora.engine.group import Group, Scratch
 from nbqlora.engine.layer import Heads, Layer, Norm
-from nbqlora.engine.layer_probe import PROBE_TOKENS, through_ours
+from nbqlora.engine.layer_probe import PROBE_TOKENS, documents_of, through_ours
 from nbqlora.engine.match import ACTIVATIONS
 from nbqlora.engine.optimize import flat_adapters, scratch_bytes
 from nbqlora.engine.projection import Lora, Projection
@@ -117,17 +116,36 @@ class Rehearsal:
 
     def run(self) -> None:
         """Do it, and give the memory back: a layer's weights, 0.3 GiB for an 8B's with its scratch."""
-        with self._left_as_it_was():
+        try:
             for kind, lengths in self.attention_calls():
                 self._layer(kind, lengths)
             self._stock_attention()
             self._head()
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                free_workspaces()
+                torch.cuda.empty_cache()
 
     def run_share(self, number: int, n: int) -> None:
-        """Only so that one of ``n`` processes of a machine compiles its share of the kernels, into Triton's cache."""
-        with self._left_as_it_was(), launches_of_a_share(number, n):
+        """Only so that one of ``n`` processes of a machine compiles its share of the kernels, into Triton's cache.
+
+        Behind it and :meth:`attend` comes :meth:`run`, which gives the memory back.
+        """
+        with launches_of_a_share(number, n):
             self._layer(*self.attention_calls()[0])
             self._head()
+
+    def attend(self) -> None:
+        """Only attention, whose kernels CUDA loads for seconds without Python: for a thread beside a share."""
+        h = self.shape
+        for kind, lengths in self.attention_calls():
+            q = self._zeros(PROBE_TOKENS, h.n_heads, h.head_dim, dtype=self.dtype)
+            k, v = (self._zeros(PROBE_TOKENS, h.n_kv_heads, h.head_dim, dtype=self.dtype) for _ in range(2))
+            documents, scale = documents_of(q[None], lengths), h.head_dim**-0.5
+            out, kept = attention_forward(kind, q, k, v, documents, scale=scale, softcap=h.softcap)
+            attention_backward(kind, out, q, k, v, out, kept, documents, scale=scale, softcap=h.softcap)
+        self._stock_attention()
 
     def _layer(self, kind: AttentionKind, lengths: tuple[int, ...]) -> None:
         """Forward and backward, with documents of these lengths."""
@@ -144,16 +162,6 @@ class Rehearsal:
         rms_norm_backward(x, x, last.weight, rstd, style=last.style)
         logits = self._zeros(n, self.shape.vocab_size, dtype=self.dtype)
         cross_entropy_(logits, self._zeros(n, dtype=torch.int64), factor=1.0)
-
-    @contextmanager
-    def _left_as_it_was(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-                free_workspaces()
-                torch.cuda.empty_cache()
 
     def attention_calls(self) -> list[tuple[AttentionKind, tuple[int, ...]]]:
         """What computes attention, of documents of which lengths: in a layer's probe, in rows alone and end to end."""

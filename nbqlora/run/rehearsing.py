@@ -7,6 +7,7 @@ for each other, and find the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from nbqlora.hub.load import DTYPES
 from nbqlora.hub.nearby import nearby_config
 from nbqlora.memory.device import has_bf16
 from nbqlora.planner.standing import auto_dtype
+from nbqlora.run.beside import Beside
 
 
 def shape_for(config: FinetuneConfig) -> LayerShape | None:
@@ -55,18 +57,19 @@ def rehearse(config: FinetuneConfig, shape: LayerShape | None, rank: Rank, meet:
     """
     if not torch.cuda.is_available():
         return ""
-    said = "" if shape is None or rank.n_local == 1 else _tried(config, shape, rank)
+    if shape is None or rank.n_local == 1:
+        meet()
+        return "" if shape is None else _tried(config, shape, Rehearsal.run)
+    attention = Beside(partial(_tried, config, shape, Rehearsal.attend))
+    said = [_tried(config, shape, lambda rehearsal: rehearsal.run_share(rank.local, rank.n_local))]
     meet()
-    return said if said or shape is None else _tried(config, shape)
+    said += attention.result(), _tried(config, shape, Rehearsal.run)
+    return next(filter(None, said), "")
 
 
-def _tried(config: FinetuneConfig, shape: LayerShape, shared: Rank | None = None) -> str:
+def _tried(config: FinetuneConfig, shape: LayerShape, part: Callable[[Rehearsal], None]) -> str:
     try:
-        rehearsal = rehearsal_for(config, shape, torch.device("cuda", torch.cuda.current_device()))
-        if shared is None:
-            rehearsal.run()
-        else:
-            rehearsal.run_share(shared.local, shared.n_local)
+        part(rehearsal_for(config, shape, torch.device("cuda", torch.cuda.current_device())))
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         return f"kernels are compiled when they are used first, not ahead: {type(error).__name__}: {first}"

@@ -101,6 +101,7 @@ def test_it_runs_and_draws_no_numbers(family: str, in_4bit: bool) -> None:
     config = tiny.make_model(family).config.to_dict()
     torch.manual_seed(3)
     before = torch.get_rng_state()
+    of(config, in_4bit=in_4bit).attend()
     of(config, in_4bit=in_4bit).run()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -33,7 +33,9 @@ from nbqlora.run.rehearsing import rehearsal_for, shape_for
 config = FinetuneConfig(model="someone/small", data=[], load_in_4bit=False)
 shape = shape_for(config)
 before = set(sys.modules)
-rehearsal_for(config, shape, torch.device("cpu")).run()
+rehearsal = rehearsal_for(config, shape, torch.device("cpu"))
+rehearsal.attend()
+rehearsal.run()
 print(sorted(set(sys.modules) - before))
 """
 

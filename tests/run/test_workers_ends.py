@@ -28,10 +28,10 @@ from nbqlora.core.errors import (
 )
 from nbqlora.core.events import OomEvent, StepEvent
 from nbqlora.data.scratch import PREFIX
+from nbqlora.run.beside import Beside
 from nbqlora.run.workers import watching
 from nbqlora.run.workers.starting import HOST, Workers
 from nbqlora.run.workers.watching import Watch
-from nbqlora.run.workers.worker import Beside
 from tests.run import stand_ins
 
 ROOT = Path(__file__).parents[2]

@@ -18,12 +18,13 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.errors import InterruptedRunError, NbqloraError
 from nbqlora.core.events import Event, NoteEvent, Observer
 from nbqlora.core.report import Report
+from nbqlora.run.beside import Beside
 from nbqlora.run.workers.lines import Do, Done, Failed, Interrupt, Told
 
 # For a step that is under way when the notebook is closed, and its checkpoint.
@@ -37,7 +38,6 @@ BEFORE_TRAINING = "interrupted before training began; nothing was saved"
 
 Prepare = Callable[[], Event | None]
 Work = Callable[[Observer], Report]
-T = TypeVar("T")
 
 
 def get_ready(config: FinetuneConfig, called: float) -> Event | None:
@@ -79,30 +79,6 @@ def get_ready(config: FinetuneConfig, called: float) -> Event | None:
     joining.result()
     said = card.result()
     return NoteEvent(text=said, elapsed_seconds=time.perf_counter() - called) if said else None
-
-
-class Beside(Generic[T]):
-    """A call in another thread, which nobody waits for when the process ends: it may wait for a rank that is gone."""
-
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._result: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="nbqlora-beside", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._result.append(self._call())
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> T:
-        """Waits until it is done. Raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
 
 
 def main(line: Connection) -> int:
