@@ -50,12 +50,13 @@ def main(model: str, folder: str, how: str) -> None:
 
 
 def load(model: str, options: dict[str, Any]) -> float:
-    """Seconds to plan, load and prepare; the imports of libraries are not among them."""
+    """Seconds to plan, load, prepare and probe the layout; the imports of libraries are not among them."""
     import nbqlora.train.trainer  # noqa: F401
+    from nbqlora.run.layout import probe_loaded
     from nbqlora.run.loading import load_to_train
 
     begun = time.perf_counter()
-    load_to_train(model, options)
+    assert probe_loaded(load_to_train(model, options), [list(range(3, 64))]).exact
     return time.perf_counter() - begun
 
 

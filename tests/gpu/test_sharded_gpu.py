@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +11,14 @@ import torch
 
 from nbqlora.core.units import MIB
 from tests import tiny
+from tests.gpu.two_ranks import told_by_two
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card cannot split a model with another"),
 ]
-ROOT = Path(__file__).parents[2]
 LAYERS = 12
 LONGEST_SECONDS = 450
-# For one to end after the other has failed; it may wait for it in a gather.
-ENDED_SECONDS = 20
 
 
 def layer_bytes() -> int:
@@ -54,38 +47,7 @@ def folder(medium_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def told(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     out = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What a run needs may lie in PYTHONPATH; what a rank says goes to a file, for a full pipe would stop it.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    said, ranks = [out / f"said-{rank}" for rank in (0, 1)], []
-    for rank in (0, 1):
-        own = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": rank, "PYTHONPATH": path, "NCCL_NVLS_ENABLE": 0,
-        }  # fmt: skip
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, "-m", "tests.gpu.sharded_job", str(folder), str(out)]
-        with said[rank].open("w") as file:
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file))
-    _wait(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(file.read_text()[-3000:] for file in said)
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Until both have ended; kills what is left when one has failed, or when it takes too long."""
-    end = time.monotonic() + LONGEST_SECONDS
-    try:
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
-            if any(rank.returncode for rank in ranks):
-                end = min(end, time.monotonic() + ENDED_SECONDS)
-            time.sleep(0.2)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    return told_by_two("sharded_job", folder, out, seconds=LONGEST_SECONDS)
 
 
 def test_every_pair_of_bytes_comes_back_as_it_was(told: list[dict[str, Any]]) -> None:

@@ -29,14 +29,14 @@ Failing = Callable[[], AbstractContextManager[Any]]
 
 
 @contextmanager
-def cut(step: int = STEP) -> Iterator[None]:
+def cut(step: int = STEP, *, error: Callable[[], BaseException] = out_of_memory) -> Iterator[None]:
     """When the update is written, but not known to be."""
     steps: list[int] = []
 
     def hook(*_: Any) -> None:
         steps.append(len(steps) + 1)
         if steps[-1] == step:
-            raise out_of_memory()
+            raise error()
 
     handle = register_optimizer_step_post_hook(hook)
     try:
