@@ -54,6 +54,7 @@ class Shape:
         layers: ``gradient_checkpointing``.
         vram_gib: that a card may take; None for all there is.
         steps: measured, after ``warmup`` others.
+        profile: ours only: of one more step, what its kernels take.
     """
 
     how: str
@@ -67,6 +68,7 @@ class Shape:
     steps: int
     warmup: int
     cards: int
+    profile: bool = False
 
 
 def of_command(arguments: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
@@ -83,26 +85,52 @@ def of_command(arguments: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     parser.add_argument("--steps", type=int, default=8, help="measured")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=["split", "whole"])
+    parser.add_argument("--profile", action="store_true", help="what the kernels of one more step take")
     parser.add_argument("--out", type=Path, help="append the lines to this file")
     given = parser.parse_args(arguments)
-    names = ("model", "seq", "bs", "dtype", "r", "layers", "vram_gib", "steps", "warmup", "cards")
+    names = ("model", "seq", "bs", "dtype", "r", "layers", "vram_gib", "steps", "warmup", "cards", "profile")
     same = {name: getattr(given, name) for name in names}
     return given, [Shape(how=how, **same) for how in given.runs]
 
 
 class Watch(two_cards.Watch):
-    """Also when loading began."""
+    """Also when loading began; and a profile of the step behind the first ``n_before``."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_before: int | None = None) -> None:
         super().__init__()
         self.loads_at = 0.0
+        self.kernels: dict[str, float] = {}
+        self._n_before, self._profiler = n_before, None
 
     def __call__(self, event: Event) -> None:
-        from nbqlora.core.events import PhaseEvent
+        from nbqlora.core.events import PhaseEvent, StepEvent
 
         super().__call__(event)
         if isinstance(event, PhaseEvent) and event.phase == "load":
             self.loads_at = time.time()
+        if self._n_before is not None and isinstance(event, StepEvent):
+            self._profile(event.step - self._n_before)
+
+    def _profile(self, step: int) -> None:
+        from tests.bench.measured import begin_profile, wait
+
+        if step == 0:
+            self._profiler = begin_profile()
+        elif step == 1 and self._profiler is not None:
+            wait()
+            self._profiler.stop()
+            self.kernels = times_of(self._profiler.events())
+
+
+def times_of(events: Any) -> dict[str, float]:
+    """Kernels of a step on the card, and milliseconds that they take: collectives, and all others."""
+    import torch
+
+    on_card = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    found = {"launches": len(on_card), "computes_ms": 0.0, "gathers_ms": 0.0}
+    for event in on_card:
+        found["gathers_ms" if "nccl" in event.name else "computes_ms"] += event.self_device_time_total / 1e3
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def train(shape: Shape) -> dict[str, Any]:
@@ -111,7 +139,8 @@ def train(shape: Shape) -> dict[str, Any]:
     from tests.bench.make_model import sentences
     from tests.bench.measured import card_name
 
-    watch, steps = Watch(), shape.warmup + shape.steps
+    measured = shape.warmup + shape.steps
+    watch, steps = Watch(measured if shape.profile else None), measured + (2 if shape.profile else 0)
     rows = [{"text": text} for text in sentences(steps * shape.bs * shape.cards, shape.seq)]
     with tempfile.TemporaryDirectory() as folder:
         run = nbqlora.finetune(
@@ -140,7 +169,7 @@ def train(shape: Shape) -> dict[str, Any]:
         "load_seconds": watch.trains_at - watch.loads_at, "trains_at": watch.trains_at, "shards": plan.shards,
         "planned_bytes": plan.predicted_peak_bytes, "planned_seconds": plan.step_seconds,
         "policies": {policy: policies.count(policy) for policy in dict.fromkeys(policies)}, "card": card_name(),
-        "link_bytes_per_second": plan.device.link_bytes_per_second,
+        "link_bytes_per_second": plan.device.link_bytes_per_second, "kernels": watch.kernels,
     }  # fmt: skip
 
 
@@ -164,7 +193,10 @@ def figures(shape: Shape, found: list[dict[str, Any]], began: float) -> dict[str
     shards = 1 if shape.how == "whole" else shape.cards
     if first["shards"] != shards or set(first["tokens"]) != {expected}:
         raise RuntimeError(f"{first['shards']} shards, with steps of {sorted(set(first['tokens']))} tokens")
-    middle, peaks = median(first["seconds"][shape.warmup :]), [each["peak_bytes"] for each in found]
+    middle, peaks = (
+        median(first["seconds"][shape.warmup : shape.warmup + shape.steps]),
+        [each["peak_bytes"] for each in found],
+    )
     planned = first["planned_bytes"]
     return {
         "tok_s": round(expected / middle),
@@ -177,6 +209,7 @@ def figures(shape: Shape, found: list[dict[str, Any]], began: float) -> dict[str
         "link_gb_s": round(first["link_bytes_per_second"] / 1e9, 1) if "link_bytes_per_second" in first else None,
         "load_s": round(max(each["load_seconds"] for each in found), 1),
         "start_s": round(first["trains_at"] - began, 1),
+        **first.get("kernels", {}),
         "policies": first["policies"],
         "losses": [round(loss, 6) for loss in first["losses"]],
         "card": first["card"],
@@ -185,13 +218,13 @@ def figures(shape: Shape, found: list[dict[str, Any]], began: float) -> dict[str
 
 def compared(split: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """What splitting costs and saves, and whether the same is learned."""
-    pairs = list(zip(split["losses"], other["losses"], strict=True))
+    # FSDP's own example takes other rows and other random adapters.
+    pairs = [] if other["how"] == "fsdp" else list(zip(split["losses"], other["losses"], strict=True))
     return {
         "compared_with": other["how"],
         "speed": round(split["tok_s"] / other["tok_s"], 3),
         "peak": round(max(split["peak_gib"]) / max(other["peak_gib"]), 3) if max(other["peak_gib"]) else None,
-        # FSDP's own example takes other rows and other random adapters.
-        "loss_apart": None if other["how"] == "fsdp" else max(abs(a - b) / abs(b) for a, b in pairs),
+        "loss_apart": max((abs(a - b) / abs(b) for a, b in pairs), default=None),
     }
 
 

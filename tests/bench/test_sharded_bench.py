@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.bench import sharded
 from tests.bench.make_model import make_model
@@ -50,6 +52,27 @@ def test_the_comparison() -> None:
     }  # fmt: skip
 
 
+def test_a_profile_is_of_a_step_behind_the_measured_ones() -> None:
+    kernels = {"launches": 3, "computes_ms": 1.5, "gathers_ms": 2.0}
+    line = sharded.figures(SHAPE, [told(seconds=[9.0, 0.5, 0.25, 1.0, 7.0, 7.0], kernels=kernels), told()], 100.0)
+    assert line["step_ms"] == 500.0
+    assert kernels.items() <= line.items()
+
+
+def test_collectives_are_told_from_what_computes() -> None:
+    def event(name: str, ms: float, *, on: str = "CUDA", annotation: bool = False) -> Any:
+        kind = getattr(torch.autograd.DeviceType, on)
+        return SimpleNamespace(
+            name=name, self_device_time_total=1e3 * ms, device_type=kind, is_user_annotation=annotation
+        )
+
+    events = [
+        event("mm", 2.0), event("ncclDevKernel_AllGather", 3.0), event("nf4", 0.5), event("aten::mm", 9.0, on="CPU"),
+        event("FSDP::all_gather", 3.0, annotation=True),
+    ]  # fmt: skip
+    assert sharded.times_of(events) == {"launches": 3, "computes_ms": 2.5, "gathers_ms": 3.0}
+
+
 @pytest.mark.slow
 def test_two_processes_on_a_cpu_and_a_model_whose_layers_are_the_same(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -58,13 +81,14 @@ def test_two_processes_on_a_cpu_and_a_model_whose_layers_are_the_same(
         monkeypatch.setenv(name, sharded.ENVIRONMENT[name])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     make_model("llama-tiny:4", tmp_path / "model", same_layers=True)
-    size = ["--seq", "32", "--bs", "2", "--dtype", "bf16", "--r", "4", "--steps", "2", "--warmup", "1"]
+    size = ["--seq", "32", "--bs", "2", "--dtype", "bf16", "--r", "4", "--steps", "2", "--warmup", "1", "--profile"]
     sharded.main([str(tmp_path / "model"), *size, "--runs", "split", "fsdp", "--out", str(tmp_path / "lines")])
     line, example, comparison = [json.loads(text) for text in (tmp_path / "lines").read_text().splitlines()]
     assert [json.loads(text) for text in capfd.readouterr().out.splitlines()] == [line, example, comparison]
     assert example["policies"] == {"recompute": 4}
     assert (comparison["compared_with"], comparison["peak"]) == ("fsdp", None)
     assert sum(line["policies"].values()) == 4
-    assert len(line["losses"]) == 3
+    assert len(line["losses"]) == 5
+    assert (line["launches"], line["computes_ms"]) == (0, 0.0)
     assert all(map(math.isfinite, line["losses"]))
     assert line["command"].startswith("python tests/bench/sharded.py FOLDER/model --seq 32")
