@@ -132,8 +132,8 @@ def make_plan(
     if chosen is None:
         leanest, limits = _leanest_way(asked)
         why = does_not_fit(config, leanest, asked.machine, data, asked.dtype, limits)
-        more = Misfit(config=config, model=leanest, device=device, data=data, dtype=asked.dtype).lines()
-        raise DoesNotFitError("\n".join([why, *(f"  {line}" for line in more)]))
+        misfit = Misfit(config=config, model=leanest, device=device, data=data, dtype=asked.dtype, cards=cards)
+        raise DoesNotFitError("\n".join([why, *(f"  {line}" for line in misfit.lines())]))
     plan = _planned(asked, chosen, output_dir, notes)
     told_first = _about_cards(asked, chosen, plan)
     if plan.offload_embedding:

@@ -33,6 +33,7 @@ class Misfit:
     Args:
         config: as it was asked for, with ``gpus`` as a number.
         device: one of the cards, with its whole machine's memory.
+        cards: what was to train together, ``gpus`` of them in all.
     """
 
     config: FinetuneConfig
@@ -40,11 +41,11 @@ class Misfit:
     device: DeviceSpec
     data: DataStats
     dtype: str
+    cards: Cards
 
     def lines(self) -> list[str]:
         """What several cards would do; none where there is one only."""
-        n = self._n
-        if n == 1:
+        if self.cards.n == 1:
             return [self._with_idle_cards()] if self.device.n_devices > 1 else []
         if self.config.fsdp is False:
             return ["fsdp = false keeps the whole model on each card"]
@@ -52,15 +53,11 @@ class Misfit:
             return [f"each card needs the whole model here: {_why(problem)}"]
         return [self._what_would_do()]
 
-    @property
-    def _n(self) -> int:
-        return self.config.gpus if isinstance(self.config.gpus, int) else 1
-
     def _with_idle_cards(self) -> str:
         """The fewest of the machine's cards that would do, else what all of them would."""
         most = self.device.n_devices
         for n in range(2, most + 1):
-            if self._fits(n):
+            if self._fits(Cards(per_node=n)):
                 return f"gpus = {n} {self._how(n)}: it fits with max_length = {self.config.max_length}"
         config = replace(self.config, gpus=most)
         if problem := not_split_because(config, self.model):
@@ -70,7 +67,7 @@ class Misfit:
         tokens, _ = longest_that_fits(config, self.model, machine, self.data, self.dtype, limit)
         if tokens:
             return f"gpus = {most} {self._how(most)}: it fits with max_length = {tokens}"
-        needed = format_bytes(self._least(config, most).budget.total_bytes)
+        needed = format_bytes(self._least(config, Cards(per_node=most)).budget.total_bytes)
         return f"gpus = {most} {self._how(most)}, and {needed} would be needed on each"
 
     def _how(self, n: int) -> str:
@@ -81,24 +78,33 @@ class Misfit:
 
     def _what_would_do(self) -> str:
         """A smaller adapter, or more cards, with everything else as it was asked for."""
-        found = [words for words, config in _smaller(self.config, self.model) if self._fits(self._n, config)][:1]
-        n = bisect_left(range(self._n + 1, MOST_CARDS + 1), x=True, key=self._fits) + self._n + 1
-        found += [f"split over {n} such cards"] if n <= MOST_CARDS else []
+        found = [words for words, config in _smaller(self.config, self.model) if self._fits(self.cards, config)][:1]
+        wider = self._wider()
+        found += [f"split over {words}" for words, _ in wider[bisect_left(wider, x=True, key=self._fits_on) :][:1]]
         return f"it would fit {', or '.join(found)}" if found else "no number of such cards would do"
 
-    def _fits(self, n: int, config: FinetuneConfig | None = None) -> bool:
-        """Whether so many cards of a machine would do."""
+    def _wider(self) -> list[tuple[str, Cards]]:
+        """More cards of a machine; of several machines, more machines."""
+        per_node, n_nodes = self.cards.per_node, self.cards.n_nodes
+        if n_nodes == 1:
+            return [(f"{n} such cards", Cards(per_node=n)) for n in range(per_node + 1, MOST_CARDS + 1)]
+        more = range(n_nodes + 1, MOST_CARDS // per_node + 1)
+        return [(f"{m} such machines", Cards(per_node=per_node, n_nodes=m)) for m in more]
+
+    def _fits_on(self, named: tuple[str, Cards]) -> bool:
+        return self._fits(named[1])
+
+    def _fits(self, cards: Cards, config: FinetuneConfig | None = None) -> bool:
+        """Whether these cards would do."""
         try:
-            config = replace(config or self.config, gpus=n)
+            config = replace(config or self.config, gpus=cards.n)
         except ConfigError:  # what was asked for does not make the batch on so many
             return False
-        machine = shared(self.device, Cards(per_node=n))
-        limits = limits_for(config, self.model, machine, self.dtype)
-        return limits.fit(self._least(config, n))
+        limits = limits_for(config, self.model, shared(self.device, cards), self.dtype)
+        return limits.fit(self._least(config, cards))
 
-    def _least(self, config: FinetuneConfig, n: int) -> Candidate:
-        machine = shared(self.device, Cards(per_node=n))
-        return least_of(config, self.model, machine, self.data, self.dtype)
+    def _least(self, config: FinetuneConfig, cards: Cards) -> Candidate:
+        return least_of(config, self.model, shared(self.device, cards), self.data, self.dtype)
 
 
 def _why(problem: Problem) -> str:

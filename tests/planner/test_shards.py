@@ -124,6 +124,19 @@ def test_too_few_cards_name_a_smaller_adapter_and_more_cards() -> None:
     assert refused("70B", nothing)[-1] == "no number of such cards would do"
 
 
+def test_several_machines_that_are_too_few_name_more_machines() -> None:
+    def on(n_nodes: int) -> Cards:
+        return Cards(per_node=2, n_nodes=n_nodes)
+
+    words = refused("70B", T4S, cards=on(1))[-1]
+    assert words.endswith(" such cards")
+    words = refused("70B", T4S, cards=on(2))[-1]
+    assert words.startswith("it would fit split over ") and words.endswith(" such machines")
+    n = int(words.split()[-3])
+    assert plan("70B", T4S, cards=on(n)).shards == 2 * n > 4
+    refused("70B", T4S, cards=on(n - 1))
+
+
 # Honest answers, from shapes alone.
 
 
