@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on from the run's furthest checkpoint")
         else:
             command.add_argument("--gpus", type=_cards, metavar="N", help="plan for N cards a machine, or all")
-            command.add_argument("--nodes", type=int, default=1, metavar="M", help="and for M such machines (1)")
+            command.add_argument("--nodes", type=_machines, default=1, metavar="M", help="and for M such machines (1)")
     _add_saving(commands)
     commands.add_parser("vram", help="memory now").set_defaults(do=_vram)
     doctor = commands.add_parser("doctor", help="say what would keep a run from working here; status 1 if anything")
@@ -82,9 +82,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cards(text: str) -> int | str:
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of cards or all, got {text}")
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of cards from 1, or all, got {text}")
     return text if text == "all" else int(text)
+
+
+def _machines(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of machines from 1, got {text}")
+    return int(text)
 
 
 def _add_saving(commands: Any) -> None:
@@ -142,8 +148,6 @@ def _plan(parsed: argparse.Namespace) -> int:
     request = _request(parsed.file)
     if parsed.gpus is not None:
         request = replace(request, options={**request.options, "gpus": parsed.gpus})
-    if parsed.nodes < 1:
-        raise ConfigError([Problem(key="--nodes", message=f"expected at least 1, got {parsed.nodes}")], "the command")
     from nbqlora import api
 
     print(api.plan_request(request, name=parsed.file.stem, observe=_print, nodes=parsed.nodes))

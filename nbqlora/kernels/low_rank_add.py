@@ -13,8 +13,8 @@ to cuBLAS.
 A program is one warp, with eight rows and so many columns that a thread has 32 sums. It takes several ranks at a time,
 so that a thread reads 16 bytes of b's row, and the sum over these ranks is within the thread. y and the residual are
 asked for first and begin the sum, so that a program holds nothing but sums while it multiplies. It goes on with the
-rows below, for which b is in the first cache. A row behind the last is read as the last one, and only not written: to
-ask at each load costs 1 to 2 % where the number of tokens does not divide by 16 (H200).
+rows below, for which b is in the first cache. A row behind the last is read as the last one, and only not written, so
+that no load has to ask which rows there are.
 """
 
 from __future__ import annotations

@@ -184,7 +184,9 @@ def _planned(asked: _Asked, chosen: _Chosen, output_dir: str, notes: Notes) -> P
         offload_embedding=model.embedding_on_host,
         host_bytes=best.host_bytes,
         saving=needs,
-        decisions=explain.decisions(config, model, asked.machine, data, dtype, chosen.ranked, best, limits),
+        decisions=explain.decisions(
+            config, model, asked.machine, data, dtype, chosen.ranked, best, limits, cards.per_node
+        ),
         notes=(*known, *saving.notes(needs, device, model, saving.rooms_of(device, output_dir))),
         unknowns=told.unknowns(config, model, device, best.mix),
     )

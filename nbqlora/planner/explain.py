@@ -29,8 +29,13 @@ def decisions(
     ranked: Sequence[Candidate],
     best: Candidate,
     limits: Limits,
+    n_processes: int,
 ) -> tuple[Decision, ...]:
-    """One row for each thing that was decided."""
+    """One row for each thing that was decided.
+
+    Args:
+        n_processes: that share a machine's memory.
+    """
     split = f"{reasons.rows(best.micro_batch_size, data)}, accumulation {best.accumulation}"
     why_layers = reasons.layers(config, best, limits)
     return (
@@ -46,7 +51,7 @@ def decisions(
         Decision(
             name="memory",
             value=f"{format_bytes(limits.device_bytes)} usable",
-            because=_why_limit(config, device),
+            because=_why_limit(config, device, n_processes),
         ),
     )
 
@@ -114,13 +119,12 @@ def _why_dtype(config: FinetuneConfig, device: DeviceSpec) -> str:
     return "this card has bf16" if device.has_bf16 else "this card has no bf16"
 
 
-def _why_limit(config: FinetuneConfig, device: DeviceSpec) -> str:
+def _why_limit(config: FinetuneConfig, device: DeviceSpec, n_processes: int) -> str:
     if config.vram_gib is not None:
         cut = usable_bytes(config, device) < int(config.vram_gib * GIB)
         return f"all that is free; vram_gib = {config.vram_gib:g} is more" if cut else "pinned by vram_gib"
     if device.kind == "cpu":
-        n = config.gpus if isinstance(config.gpus, int) else 1
-        shared = f", shared by {n} processes" if n > 1 else ""
+        shared = f", shared by {n_processes} processes" if n_processes > 1 else ""
         return f"free RAM and what this process holds, less {format_bytes(FRAGMENTATION_BYTES)} in reserve{shared}"
     context = f"context {format_bytes(device.context_bytes)}, " if device.context_bytes else ""
     return f"{context}reserve {format_bytes(FRAGMENTATION_BYTES)} for fragmentation"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -47,11 +46,13 @@ class Misfit:
         """What several cards would do; none where there is one only."""
         if self.cards.n == 1:
             return [self._with_idle_cards()] if self.device.n_devices > 1 else []
+        if self.device.kind == "cpu" and self.cards.per_node > 1:
+            return [f"{self.cards.per_node} processes share the machine's memory: fewer would have more of it each"]
         if self.config.fsdp is False:
             return ["fsdp = false keeps the whole model on each card"]
         if problem := not_split_because(self.config, self.model):
             return [f"each card needs the whole model here: {_why(problem)}"]
-        return [self._what_would_do()]
+        return self._what_would_do()
 
     def _with_idle_cards(self) -> str:
         """The fewest of the machine's cards that would do, else what all of them would."""
@@ -76,23 +77,30 @@ class Misfit:
         split = shards_of(ways(config, self.model)[-1]) > 1
         return f"splits the weights over {of}" if split else f"gives each of {of} fewer rows"
 
-    def _what_would_do(self) -> str:
+    def _what_would_do(self) -> list[str]:
         """A smaller adapter, or more cards, with everything else as it was asked for."""
-        found = [words for words, config in _smaller(self.config, self.model) if self._fits(self.cards, config)][:1]
-        wider = self._wider()
-        found += [f"split over {words}" for words, _ in wider[bisect_left(wider, x=True, key=self._fits_on) :][:1]]
-        return f"it would fit {', or '.join(found)}" if found else "no number of such cards would do"
+        found = [
+            f"with {words}" for words, config in _smaller(self.config, self.model) if self._fits(self.cards, config)
+        ]
+        wider = list(self._wider())
+        # One after the other: a batch that was asked for can be made on some numbers of cards only.
+        more = next((words for words, cards in wider if self._fits(cards)), "")
+        if would := [*found[:1], *([more] if more else [])]:
+            return [f"it would fit {', or '.join(would)}"]
+        what = "cards" if self.cards.n_nodes == 1 else "machines"
+        return [f"no number of such {what} would do, up to {MOST_CARDS} cards"] if wider else []
 
-    def _wider(self) -> list[tuple[str, Cards]]:
-        """More cards of a machine; of several machines, more machines."""
+    def _wider(self) -> Iterator[tuple[str, Cards]]:
+        """More cards of a machine; of several machines what each has, then more machines."""
         per_node, n_nodes = self.cards.per_node, self.cards.n_nodes
         if n_nodes == 1:
-            return [(f"{n} such cards", Cards(per_node=n)) for n in range(per_node + 1, MOST_CARDS + 1)]
-        more = range(n_nodes + 1, MOST_CARDS // per_node + 1)
-        return [(f"{m} such machines", Cards(per_node=per_node, n_nodes=m)) for m in more]
-
-    def _fits_on(self, named: tuple[str, Cards]) -> bool:
-        return self._fits(named[1])
+            for n in range(per_node + 1, MOST_CARDS + 1):
+                yield f"split over {n} such cards", Cards(per_node=n)
+            return
+        for n in range(per_node + 1, self.device.n_devices + 1):
+            yield f"with gpus = {n}", Cards(per_node=n, n_nodes=n_nodes)
+        for m in range(n_nodes + 1, MOST_CARDS // per_node + 1):
+            yield f"split over {m} such machines", Cards(per_node=per_node, n_nodes=m)
 
     def _fits(self, cards: Cards, config: FinetuneConfig | None = None) -> bool:
         """Whether these cards would do."""
@@ -121,8 +129,8 @@ def _smaller(config: FinetuneConfig, model: ModelSpec) -> Iterator[tuple[str, Fi
         less.append((f"target_modules = [{names}]", replace(config, target_modules=FEW_LINEARS)))
     can_be_eight = config.optim != "adamw_8bit"
     if can_be_eight:
-        yield 'with optim = "adamw_8bit"', replace(config, optim="adamw_8bit")
+        yield 'optim = "adamw_8bit"', replace(config, optim="adamw_8bit")
     for words, smaller in less:
-        yield f"with {words}", smaller
+        yield words, smaller
     for words, smaller in less if can_be_eight else []:
-        yield f'with optim = "adamw_8bit" and {words}', replace(smaller, optim="adamw_8bit")
+        yield f'optim = "adamw_8bit" and {words}', replace(smaller, optim="adamw_8bit")

@@ -1,7 +1,7 @@
 """What takes a card seconds before its first step, begun before anything of the run is known but its options.
 
 Triton keeps what it compiles in a folder of the machine, so processes that train together compile a share each, wait
-for each other, and find the rest.
+for each other, and find the rest. Attention's kernels are CUDA's: each process loads them meanwhile in a thread.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def rehearse(config: FinetuneConfig, shape: LayerShape | None, rank: Rank, meet:
         meet()
         return "" if shape is None else _tried(config, shape, Rehearsal.run)
     attention = Beside(partial(_tried, config, shape, Rehearsal.attend))
-    said = [_tried(config, shape, lambda rehearsal: rehearsal.run_share(rank.local, rank.n_local))]
+    _tried(config, shape, lambda rehearsal: rehearsal.run_share(rank.local, rank.n_local))
     meet()
-    said += attention.result(), _tried(config, shape, Rehearsal.run)
-    return next(filter(None, said), "")
+    attention.result()
+    return _tried(config, shape, Rehearsal.run)  # where a part of it failed alone, this fails too, or has done it
 
 
 def _tried(config: FinetuneConfig, shape: LayerShape, part: Callable[[Rehearsal], None]) -> str:

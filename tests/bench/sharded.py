@@ -1,6 +1,7 @@
 """Layers' weights split over cards, beside the same model with all weights on each card, and FSDP's own way.
 
-    python tests/bench/sharded.py MODEL --seq 2048 --bs 1 [--vram-gib 78] [--runs split whole fsdp] [--out FILE]
+    python tests/bench/sharded.py MODEL --seq 2048 --bs 1 [--layers full] [--vram-gib 78] [--runs split whole fsdp]
+        [--profile] [--out FILE]
 
 Each run is in processes of its own under ``torchrun``, one for each card. ``split`` and ``whole`` are
 ``nbqlora.finetune`` with the same rows, ``fsdp = true`` and ``false``; a model that one card cannot hold has no
@@ -9,8 +10,9 @@ in bf16 storage, each layer under ``fully_shard`` with its hooks, gradient check
 
 One JSON line for each run: tokens a second, each card's peak beside the plan's, the link's rate, seconds to load and
 to the first step, losses; and one that compares ``split`` with the others that ran. ``off_percent`` is the plan's peak
-over the highest measured one. On a CPU the cards are processes with gloo, and ``fsdp`` has no peak: it shows that it
-runs.
+over the highest measured one. With ``--profile`` also of one more step on the first card the launches (copies among
+them), and the milliseconds of collectives and of everything else. On a CPU the cards are processes with gloo, and
+``fsdp`` has no peak: it shows that it runs.
 
 ``tests/bench/make_model.py`` makes a MODEL, a large one quickly with ``--same-layers``.
 """

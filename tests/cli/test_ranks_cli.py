@@ -59,20 +59,22 @@ def test_a_plan_for_more_than_there_is(job: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["plan", str(job), "--gpus", "2", "--nodes", "2"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "cards 2 machines of 2 processes 1 of a step's 4 rows on each; " in told
+    assert ", shared by 2 processes" in told
     assert "how fast the network between the machines is, is not known; 1.25 GB/s are assumed" in told
 
 
 def test_a_plan_for_all_there_is(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(job), "--gpus", "all"]) == 0
     assert "job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--nodes"])
+@pytest.mark.parametrize("wrong", ["two", "0", "-1", "1.5"])
+def test_what_counts_nothing_is_no_plan(job: Path, capsys: pytest.CaptureFixture[str], option: str, wrong: str) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["plan", str(job), "--gpus", "two"])
-    assert "--gpus: expected a number of cards or all, got two" in capsys.readouterr().err
-
-
-def test_no_machine_is_no_plan(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", str(job), "--nodes", "0"]) == 1
-    assert "--nodes  expected at least 1, got 0" in capsys.readouterr().err
+        cli.main(["plan", str(job), f"{option}={wrong}"])
+    expected = "cards from 1, or all" if option == "--gpus" else "machines from 1"
+    assert f"{option}: expected a number of {expected}, got {wrong}" in capsys.readouterr().err
 
 
 def test_a_group_that_cannot_be(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

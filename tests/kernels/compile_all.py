@@ -46,6 +46,7 @@ def compiled(
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "kernel": kernel.__name__,
+        "any_value": list(kernel.do_not_specialize),
         "shared": result.metadata.shared,
         "mma": "mma" in result.asm["ptx"],
         "cubin_bytes": len(result.asm["cubin"]),

@@ -30,6 +30,9 @@ def test_all_kernels(capability: int, tmp_path: Path) -> None:
     assert [c["case"] for c in cases if c["shared"] > SHARED_BYTES[capability]] == []
     assert [c["case"] for c in cases if not c["cubin_bytes"]] == []
     assert len({c["case"] for c in cases}) == len(cases)
+    # Not once more for each number of tokens that a batch has.
+    for name, rows in (("_rms_norm_fwd", "n_rows"), ("_rms_norm_bwd", "n_rows"), ("_low_rank_add_fwd", "tokens")):
+        assert {tuple(c["any_value"]) for c in cases if c["kernel"] == f"{name}_kernel"} == {(rows,)}
     assert last["kernels"] and {c["kernel"] for c in cases} == set(last["kernels"])
     halves = {c["kernel"] for c in cases if c["case"].endswith("fp16" if capability < 80 else "bf16")}
     assert halves == set(last["kernels"])

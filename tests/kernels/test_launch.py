@@ -7,6 +7,7 @@ import torch
 
 from nbqlora.kernels._launch import HAS_TRITON, launches_of_a_share
 from nbqlora.kernels.glu import glu_triton
+from nbqlora.kernels.low_rank_add import low_rank_add_triton
 from nbqlora.kernels.rms_norm import rms_norm_triton
 from tests.kernels.truth import DEVICE, normal
 
@@ -52,6 +53,12 @@ def test_another_number_of_rows_is_the_same_kernel() -> None:
             x = normal(rows, 64, dtype=torch.float32)
             out = torch.full_like(x, 77.0)
             rms_norm_triton(x, torch.ones(64, device=DEVICE), 1e-5, style="llama", out=out)
+            assert bool((out == 77.0).all())
+    with launches_of_a_share(1, 2):
+        for rows in (16, 29, 1):
+            u, b = normal(rows, 4, dtype=torch.float32), normal(64, 4, dtype=torch.float32)
+            out = torch.full((rows, 64), 77.0, device=DEVICE)
+            low_rank_add_triton(out, u, b, out=out)
             assert bool((out == 77.0).all())
 
 

@@ -121,7 +121,22 @@ def test_too_few_cards_name_a_smaller_adapter_and_more_cards() -> None:
     few = 'with optim = "adamw_8bit" and target_modules = ["q_proj", "v_proj"]'
     assert refused("70B", PAIR_24)[-1] == f"it would fit {few}, or split over 3 such cards"
     nothing = replace(T4S, free_bytes=3 * GIB)
-    assert refused("70B", nothing)[-1] == "no number of such cards would do"
+    assert refused("70B", nothing)[-1] == "no number of such cards would do, up to 64 cards"
+    assert "would do" not in refused("70B", nothing, gpus=64)[-1], "nothing was looked at"
+
+
+def test_a_batch_that_some_numbers_of_cards_do_not_make() -> None:
+    batch = {"effective_batch_size": 16, "per_device_train_batch_size": 4}
+    little = replace(T4S, host_free_bytes=6 * GIB)
+    # Three make no steps of 16, five and more no micro-batch of 4.
+    assert refused("32B", little, **batch)[-1] == "it would fit split over 4 such cards"
+    plan("32B", little, gpus=4, **batch)
+
+
+def test_processes_of_a_cpu_share_its_memory() -> None:
+    cpu = replace(T4S, kind="cpu", name="a CPU", n_devices=1, capability=None, free_bytes=4 * GIB)
+    said = refused("8B", cpu, gpus=3)[-1]
+    assert said == "3 processes share the machine's memory: fewer would have more of it each"
 
 
 def test_several_machines_that_are_too_few_name_more_machines() -> None:
@@ -135,6 +150,10 @@ def test_several_machines_that_are_too_few_name_more_machines() -> None:
     n = int(words.split()[-3])
     assert plan("70B", T4S, cards=on(n)).shards == 2 * n > 4
     refused("70B", T4S, cards=on(n - 1))
+    # What the machines have comes first.
+    four, one_each = replace(T4S, n_devices=4), Cards(n_nodes=2)
+    assert refused("32B", four, cards=one_each)[-1].endswith("or with gpus = 2")
+    plan("32B", four, cards=Cards(per_node=2, n_nodes=2))
 
 
 # Honest answers, from shapes alone.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nbqlora.core.config import FinetuneConfig, validate
 from nbqlora.core.ranks import ALONE, Rank
 from nbqlora.core.request import CellRequest
 from nbqlora.hub.nearby import nearby_config
+from nbqlora.run import rehearsing
 from nbqlora.run.rehearsing import rehearsal_for, rehearse, shape_for
 from nbqlora.run.tables import table_fields
 from tests import tiny
@@ -118,6 +120,46 @@ def test_what_fails_is_said_and_no_other_rank_waits(folder: Path, rank: Rank, mo
     # A rank that has nothing to rehearse is waited for all the same.
     assert rehearse(config(folder), None, rank, lambda: met.append(True)) == ""
     assert met == [True, True]
+
+
+class Logged:
+    """Stands for a rehearsal on a card; what fails is out of memory."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.done, self._fails = list[str](), fails
+
+    def attend(self) -> None:
+        time.sleep(0.2)
+        self._do("attention")
+
+    def run_share(self, number: int, n: int) -> None:
+        self._do(f"share {number} of {n}")
+
+    def run(self) -> None:
+        self._do("all")
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if what == self._fails:
+            raise torch.OutOfMemoryError(f"no room for {what}\nat all")
+
+
+@pytest.mark.parametrize("fails", ["", "attention", "share 1 of 2", "all"])
+def test_all_is_run_behind_every_part_and_says_what_failed(
+    fails: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = Logged(fails)
+    for name in ("attend", "run_share", "run"):
+        monkeypatch.setattr(rehearsing.Rehearsal, name, getattr(Logged, name))
+    monkeypatch.setattr(rehearsing, "rehearsal_for", lambda *_: logged)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    rank = Rank(number=3, n=4, local=1, n_local=2)
+    said = rehearse(config(folder), shape_for(config(folder)), rank, lambda: logged.done.append("met"))
+    assert logged.done == ["share 1 of 2", "met", "attention", "all"]
+    # What a part alone had no room for was done by the whole behind it.
+    failed = "kernels are compiled when they are used first, not ahead: OutOfMemoryError: no room for all"
+    assert said == (failed if fails == "all" else "")
 
 
 def no_meeting() -> None:
