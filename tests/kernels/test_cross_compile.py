@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,31 @@ pytest.importorskip("triton")
 SHARED_BYTES = {75: 64 * 1024, 80: 160 * 1024, 90: 160 * 1024}
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_all_kernels(capability: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """A process for each capability, all at work at once: they take a minute and a half of one core."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.kernels.compile_all", str(capability)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=600)
-    assert done.returncode == 0, f"after {done.stdout.splitlines()[-1:]}:\n{done.stderr[-4000:]}"
-    *cases, last = [json.loads(line) for line in done.stdout.splitlines()]
+    started = {}
+    for capability in SHARED_BYTES:
+        started[capability] = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.compile_all", str(capability)],
+            cwd=Path(__file__).parents[2],
+            env={**environment, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(f"sm_{capability}"))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_all_kernels(compilers: dict[int, subprocess.Popen[str]], capability: int) -> None:
+    said, complained = compilers[capability].communicate(timeout=600)
+    assert compilers[capability].returncode == 0, f"after {said.splitlines()[-1:]}:\n{complained[-4000:]}"
+    *cases, last = [json.loads(line) for line in said.splitlines()]
     # No tensor cores: what asks for them is a product, and Triton has none for a T4.
     assert [c["case"] for c in cases if c["mma"]] == []
     assert [c["case"] for c in cases if c["shared"] > SHARED_BYTES[capability]] == []
