@@ -13,7 +13,8 @@ import torch
 
 from nbqlora.core.config import FinetuneConfig
 from nbqlora.core.ranks import Rank
-from nbqlora.engine.rehearsal import LayerShape, Rehearsal, shape_of
+from nbqlora.engine.layer_shape import LayerShape, shape_of
+from nbqlora.engine.rehearsal import Rehearsal
 from nbqlora.hub.load import DTYPES
 from nbqlora.hub.nearby import nearby_config
 from nbqlora.memory.device import has_bf16

@@ -15,8 +15,9 @@ from nbqlora.core.specs import LayerPolicy
 from nbqlora.engine.attention import AttentionKind
 from nbqlora.engine.fused import engine_of
 from nbqlora.engine.layer import Layer, Norm
+from nbqlora.engine.layer_shape import LayerShape, shape_of
 from nbqlora.engine.optimize import optimize
-from nbqlora.engine.rehearsal import LayerShape, Rehearsal, shape_of
+from nbqlora.engine.rehearsal import Rehearsal
 from nbqlora.kernels.nf4 import Nf4
 from tests import tiny
 
