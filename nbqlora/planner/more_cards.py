@@ -79,14 +79,12 @@ class Misfit:
 
     def _what_would_do(self) -> list[str]:
         """A smaller adapter, or more cards, with everything else as it was asked for."""
-        found = [
-            f"with {words}" for words, config in _smaller(self.config, self.model) if self._fits(self.cards, config)
-        ]
-        wider = list(self._wider())
+        smaller, wider = _smaller(self.config, self.model), list(self._wider())
+        less = next((f"with {words}" for words, config in smaller if self._fits(self.cards, config)), "")
         # One after the other: a batch that was asked for can be made on some numbers of cards only.
         more = next((words for words, cards in wider if self._fits(cards)), "")
-        if would := [*found[:1], *([more] if more else [])]:
-            return [f"it would fit {', or '.join(would)}"]
+        if would := ", or ".join(filter(None, [less, more])):
+            return [f"it would fit {would}"]
         what = "cards" if self.cards.n_nodes == 1 else "machines"
         return [f"no number of such {what} would do, up to {MOST_CARDS} cards"] if wider else []
 
